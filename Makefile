@@ -1,0 +1,37 @@
+# Two commands matter to a newcomer: `make quickstart` and `make test`.
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: install quickstart test test-all lint format docs clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "longctx needs Python 3.12 or newer: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	touch $@
+
+quickstart: install
+	$(BIN)/longctx train quickstart --out runs/quickstart
+	$(BIN)/longctx eval runs/quickstart --lengths 256,512,1024,2048
+	$(BIN)/longctx generate runs/quickstart --prompt "def main("
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs build dist

@@ -1,0 +1,1 @@
+"""Kernel families for long-context attention. Needs only jax, numpy and jaxtyping."""

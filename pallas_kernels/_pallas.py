@@ -1,0 +1,34 @@
+"""The only file that imports Pallas and its backends: an API rename there is one edit here."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+
+__all__ = ["pl", "plgpu", "pltpu", "unify_varying", "varying_axes"]
+
+
+def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
+    """Mesh axes, inside `shard_map(check_vma=True)`, over which any of the arrays varies."""
+    axes: frozenset[str] = frozenset()
+    for x in arrays:
+        if x is not None:
+            axes |= jax.typeof(x).manual_axis_type.varying
+    return axes
+
+
+def unify_varying[Tree](tree: Tree, axes: Sequence[str] | frozenset[str]) -> Tree:
+    """Mark every array of `tree` as varying over `axes`.
+
+    `custom_vjp` refuses inputs that vary over different axes, and `plgpu.kernel` forgets the
+    axes over which its outputs vary; both are mended by one cast.
+    """
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(a for a in sorted(axes) if a not in varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)
