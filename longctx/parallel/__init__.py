@@ -1,0 +1,5 @@
+"""What crosses devices: the mesh, token layouts and attention over sharded sequences."""
+
+from longctx.parallel.mesh import AXES, BATCH, MeshConfig, make_mesh, shard_operator
+
+__all__ = ["AXES", "BATCH", "MeshConfig", "make_mesh", "shard_operator"]

@@ -1,0 +1,124 @@
+"""The named mesh, and how an operator that XLA cannot partition runs on it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "seq", "tensor")
+BATCH = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis: `data` and `fsdp` split the batch, `seq` time, `tensor` heads."""
+
+    data: int = 1
+    fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, size in self.shape.items():
+            if size < 1:
+                raise ValueError(f"mesh axis {axis}={size} must be at least 1")
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis sizes by name, in the order of `AXES`."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return math.prod(self.shape.values())
+
+
+def make_mesh(
+    config: MeshConfig | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    axis_type: AxisType = AxisType.Auto,
+    **sizes: int,
+) -> Mesh:
+    """The mesh of `config`, or of axis sizes given by name: `make_mesh(data=2, seq=4)`.
+
+    The first `config.size` of `devices` (default: all devices) are used; neighbours along `seq`
+    and `tensor` are the closest. Nothing global is set: use it with `jax.set_mesh`.
+
+    Raises:
+      ValueError: there are fewer devices than `config` needs.
+      TypeError: both a config and sizes are given, or a size names no axis.
+    """
+    if config is not None and sizes:
+        raise TypeError(f"give a MeshConfig or axis sizes, not both: {config}, {sizes}")
+    config = config or MeshConfig(**sizes)
+    available = jax.devices() if devices is None else list(devices)
+    if config.size > len(available):
+        raise ValueError(f"{config} needs {config.size} devices, there are {len(available)}")
+    return jax.make_mesh(
+        tuple(config.shape.values()),
+        AXES,
+        axis_types=(axis_type,) * len(AXES),
+        devices=available[: config.size],
+    )
+
+
+def _restrict(spec: P, axes: Container[str]) -> P:
+    """`spec` without the mesh axes that are not in `axes`."""
+
+    def keep(entry: Any) -> tuple[str, ...] | None:
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        return tuple(name for name in names if name in axes) or None
+
+    return P(*map(keep, spec))
+
+
+def _restrict_all(specs: Any, axes: Container[str]) -> Any:
+    return jax.tree.map(lambda s: _restrict(s, axes), specs)
+
+
+def shard_operator[Out](
+    function: Callable[..., Out], in_specs: Any, out_specs: Any
+) -> Callable[..., Out]:
+    """`function` on the local shards of its arguments, over the mesh in context.
+
+    A Pallas kernel is opaque to XLA's partitioner: under plain `jit` with sharded operands a TPU
+    kernel is refused, and a GPU kernel silently gathers its operands and computes everything on
+    every device. Wrapped here it runs once per device, on that device's shard.
+
+    The mesh is the one of `jax.set_mesh`; without a mesh `function` is called as it is. Inside a
+    `shard_map` only the axes that are not yet manual are mapped, so an operator also works in a
+    user's own `shard_map`, over all axes or over some. Axes that the mesh lacks count as size 1.
+    Operands on Explicit axes are resharded to `in_specs` first, which is free if they are so
+    already.
+
+    Args:
+      function: takes positional arrays (or None) and sees local shards.
+      in_specs: one PartitionSpec per argument, or a tree prefix of specs.
+      out_specs: tree prefix of specs of the result.
+    """
+
+    def call(*args: Any) -> Out:
+        mesh = jax.sharding.get_abstract_mesh()
+        free = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+        if not free:
+            return function(*args)
+        explicit = free & frozenset(mesh.explicit_axes)
+        local_in, local_out = _restrict_all(in_specs, free), _restrict_all(out_specs, free)
+        if explicit:
+
+            def place(spec: P, subtree: Any) -> Any:
+                target = _restrict(spec, explicit)
+                return jax.tree.map(lambda x: jax.sharding.reshard(x, target), subtree)
+
+            args = jax.tree.map(place, in_specs, args)
+        return jax.shard_map(function, in_specs=local_in, out_specs=local_out, axis_names=free)(
+            *args
+        )
+
+    return call
