@@ -1,0 +1,93 @@
+"""What every long-context task makes: a sequence of fixed length with its answers marked."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+SPLITS = {"train": 0, "test": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One sequence and the tokens of it that count.
+
+    Attributes:
+      tokens: int32 [T].
+      answer: bool [T]; token t is scored when predicted from tokens 0..t-1. Every unbroken run
+        of marked tokens is one answer, right only if all of it is right.
+      depth: where the sought fact stands, 0 (start of the context) to 1 (just before the
+        question); NaN for tasks without one such place.
+    """
+
+    tokens: np.ndarray
+    answer: np.ndarray
+    depth: float = float("nan")
+
+
+class Task(Protocol):
+    """A generator of episodes that knows how to solve them and what guessing is worth."""
+
+    @property
+    def chance(self) -> float:
+        """Expected score of the best answer that does not read the context."""
+        ...
+
+    def episode(self, rng: np.random.Generator, length: int) -> Episode:
+        """An episode of exactly `length` tokens; ValueError if that is too short."""
+        ...
+
+    def solve(self, prompt: np.ndarray) -> np.ndarray:
+        """The answer that should follow `prompt`, found by reading it."""
+        ...
+
+
+def episodes(
+    task: Task, *, length: int, seed: int = 0, split: str = "test", start: int = 0
+) -> Iterator[Episode]:
+    """An endless, deterministic stream: episode i depends on (seed, split, i) alone.
+
+    Raises:
+      ValueError: `split` is neither "train" nor "test".
+    """
+    if split not in SPLITS:
+        raise ValueError(f"{split=} must be one of {sorted(SPLITS)}")
+    index = start
+    while True:
+        yield task.episode(np.random.default_rng([seed, SPLITS[split], index]), length)
+        index += 1
+
+
+def answer_spans(answer: np.ndarray) -> list[slice]:
+    """The unbroken runs of True in `answer` (bool [T])."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], answer, [False]]).astype(np.int8)))
+    return [slice(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def score(episode: Episode, predicted: np.ndarray) -> float:
+    """Share of the answers of `episode` that `predicted` (int [T]) gets right."""
+    right = [
+        bool(np.array_equal(predicted[span], episode.tokens[span]))
+        for span in answer_spans(episode.answer)
+    ]
+    return sum(right) / len(right)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCodec:
+    """How text becomes tokens: bytes, or by a tokenizer."""
+
+    encode: Callable[[str], Sequence[int]] = lambda text: list(text.encode())
+    decode: Callable[[Sequence[int]], str] = lambda tokens: bytes(tokens).decode(errors="replace")
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: object) -> "TextCodec":
+        """Codec of a `tokenizers.Tokenizer`, without special tokens."""
+        return cls(
+            encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,  # ty: ignore
+            decode=lambda tokens: tokenizer.decode(list(tokens)),  # ty: ignore
+        )
+
+
+BYTES = TextCodec()
