@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -82,11 +82,11 @@ class TextCodec:
     decode: Callable[[Sequence[int]], str] = lambda tokens: bytes(tokens).decode(errors="replace")
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: object) -> "TextCodec":
+    def from_tokenizer(cls, tokenizer: Any) -> "TextCodec":
         """Codec of a `tokenizers.Tokenizer`, without special tokens."""
         return cls(
-            encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,  # ty: ignore
-            decode=lambda tokens: tokenizer.decode(list(tokens)),  # ty: ignore
+            encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+            decode=lambda tokens: tokenizer.decode(list(tokens)),
         )
 
 
