@@ -34,6 +34,7 @@ def call(
     backend: str,
     modules: Mapping[str, ModuleType],
     spec: Any,
+    /,
     *args: Any,
     **static: Any,
 ) -> Any:

@@ -13,7 +13,7 @@ def relative_rms(actual: Any, expected: Any) -> float:
     a, e = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert a.shape == e.shape, f"shape {a.shape} != {e.shape}"
     both_inf = np.isinf(a) & (a == e)  # lse of a row without keys
-    difference = np.where(both_inf, 0.0, a - np.where(both_inf, a, e))
+    difference = np.where(both_inf, 0.0, a) - np.where(both_inf, 0.0, e)
     scale = np.linalg.norm(np.where(np.isinf(e), 0.0, e))
     error = np.linalg.norm(difference)
     return float(error if scale < 1e-30 else error / scale)

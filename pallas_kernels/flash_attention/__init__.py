@@ -1,0 +1,11 @@
+"""Softmax attention where every row sees one interval of keys; see this folder's README."""
+
+from pallas_kernels.flash_attention.api import (
+    block_backward,
+    block_forward,
+    flash_attention,
+    merge,
+)
+from pallas_kernels.flash_attention.tiles import Spec, Tiles
+
+__all__ = ["Spec", "Tiles", "block_backward", "block_forward", "flash_attention", "merge"]

@@ -1,0 +1,131 @@
+"""Which keys a row sees, and from it which tiles run and which of those need a mask.
+
+A row sees one interval of keys `[low, high)`, possibly empty. For a tile of rows the key tiles
+that run lie between the smallest low and the largest high of its non-empty rows; those between
+the largest low and the smallest high are seen whole by every row and need no mask. The mask of
+every other tile is computed from the rows' own low and high, so bounds may be loose but never
+wrong, also where the rows of a column are not contiguous. All of it costs O(rows + tiles log
+tiles) and is computed once per call, outside the kernels.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.flash_attention.tiles import Spec, Tiles
+
+
+class Bounds(NamedTuple):
+    """Tiles `[start, stop)` run and of these `[full_start, full_stop)` need no mask.
+
+    int32 `[b, h, tiles]`: `b` is 1 or the batch, `h` is 1 or the query heads. Where nothing is
+    seen `start == stop`; `start <= full_start <= full_stop <= stop` always.
+    """
+
+    start: Int[Array, "b h tiles"]
+    stop: Int[Array, "b h tiles"]
+    full_start: Int[Array, "b h tiles"]
+    full_stop: Int[Array, "b h tiles"]
+
+
+def row_limits(
+    spec: Spec,
+    rows: Int[Array, "n"],
+    lo: Int[Array, "b h n"] | None,
+    hi: Int[Array, "b h n"] | None,
+) -> tuple[Int[Array, "b h n"], Int[Array, "b h n"]]:
+    """The keys `[low, high)` seen by the rows `rows`, whose explicit limits are `lo` and `hi`.
+
+    The intersection of `[0, S)`, causal, window and `[lo, hi)`; empty where `high <= low`.
+    """
+    low, high = jnp.zeros_like(rows), jnp.full_like(rows, spec.kv_length)
+    if spec.window is not None:
+        low = jnp.maximum(low, rows + (spec.q_offset - spec.window + 1))
+    if spec.causal:
+        high = jnp.minimum(high, rows + (spec.q_offset + 1))
+    low, high = low[None, None], high[None, None]
+    if lo is not None and hi is not None:
+        low, high = jnp.maximum(low, lo), jnp.minimum(high, hi)
+    return low, high
+
+
+def row_bounds(
+    spec: Spec,
+    lo: Int[Array, "b h T"] | None,
+    hi: Int[Array, "b h T"] | None,
+    tiles: Tiles,
+) -> Bounds:
+    """For every tile of `tiles.q` rows, the tiles of `tiles.kv` keys that it needs."""
+    low, high = row_limits(spec, jnp.arange(spec.q_length, dtype=jnp.int32), lo, hi)
+    count = -(-spec.q_length // tiles.q)
+    padding = [(0, 0), (0, 0), (0, count * tiles.q - spec.q_length)]
+
+    def split(x: Array, fill: int | bool) -> Array:
+        return jnp.pad(x, padding, constant_values=fill).reshape(*x.shape[:2], count, tiles.q)
+
+    empty = high <= low
+    most = spec.kv_length
+    start = split(jnp.where(empty, most, low), most).min(-1) // tiles.kv
+    stop = -(-split(jnp.where(empty, 0, high), 0).max(-1) // tiles.kv)
+    # Rows after the last are never read, so they ask for no mask; an empty row asks for one.
+    full_start = -(-split(jnp.where(empty, most, low), 0).max(-1) // tiles.kv)
+    full_stop = split(jnp.where(empty, 0, high), most).min(-1) // tiles.kv
+    return _ordered(start, stop, full_start, full_stop)
+
+
+def column_bounds(
+    spec: Spec,
+    lo: Int[Array, "b h T"] | None,
+    hi: Int[Array, "b h T"] | None,
+    tiles: Tiles,
+) -> Bounds:
+    """For every tile of `tiles.kv` keys, the tiles of `tiles.q` rows that need it.
+
+    The transpose of `row_bounds`. Where the rows that need a key tile are not contiguous, their
+    hull runs; where those that see it whole are not, all of them are masked.
+    """
+    rows = row_bounds(spec, lo, hi, tiles)
+    count = -(-spec.kv_length // tiles.kv)
+    start, stop, _ = _transpose(rows.start, rows.stop, count)
+    full_start, full_stop, full = _transpose(rows.full_start, rows.full_stop, count)
+    contiguous = full == full_stop - full_start
+    return _ordered(start, stop, full_start, jnp.where(contiguous, full_stop, full_start))
+
+
+def _ordered(start: Array, stop: Array, full_start: Array, full_stop: Array) -> Bounds:
+    start = jnp.minimum(start, stop)
+    full_start = jnp.clip(full_start, start, stop)
+    return Bounds(start, stop, full_start, jnp.clip(full_stop, full_start, stop))
+
+
+def _transpose(start: Array, stop: Array, count: int) -> tuple[Array, Array, Array]:
+    """First member, last member + 1 and size of `{i: start_i <= j < stop_i}` for `j < count`.
+
+    Every range is the union of two of one power-of-two length; its number is noted for both at
+    that level, and each level then hands its notes down to its two halves.
+    """
+    members, levels = start.shape[-1], count.bit_length()
+    used = stop > start
+    level = jnp.where(used, 31 - jax.lax.clz(jnp.maximum(stop - start, 1)), 0)
+    index = jnp.arange(members, dtype=jnp.int32)
+    index = jnp.where(used, jnp.stack([index, -1 - index])[:, None, None], members)
+
+    def note(level: Array, start: Array, stop: Array, used: Array, index: Array):
+        table = jnp.full((2, levels, count), members, jnp.int32)
+        for place in (start, jnp.maximum(stop - (1 << level), 0)):
+            table = table.at[:, level, place].min(index, mode="drop")
+        steps = jnp.zeros((count + 1,), jnp.int32)
+        steps = steps.at[start].add(used.astype(jnp.int32)).at[stop].add(-used.astype(jnp.int32))
+        return table, jnp.cumsum(steps[:-1], dtype=jnp.int32)
+
+    over_heads = jax.vmap(note, in_axes=(0, 0, 0, 0, 1), out_axes=(1, 0))
+    over_batch = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 1), out_axes=(1, 0))
+    table, size = over_batch(level, start, stop, used, index)
+    for above in range(levels - 1, 0, -1):
+        for shift in (0, 1 << (above - 1)):
+            notes = table[..., above, : count - shift]
+            table = table.at[..., above - 1, shift:].min(notes)
+    first, last = table[0, :, :, 0], -table[1, :, :, 0]
+    return jnp.where(size == 0, 0, first), jnp.where(size == 0, 0, last), size
