@@ -1,5 +1,6 @@
 """What crosses devices: the mesh, token layouts and attention over sharded sequences."""
 
+from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import AXES, BATCH, MeshConfig, make_mesh, shard_operator
 
-__all__ = ["AXES", "BATCH", "MeshConfig", "make_mesh", "shard_operator"]
+__all__ = ["AXES", "BATCH", "Layout", "MeshConfig", "make_mesh", "shard_operator"]
