@@ -1,0 +1,19 @@
+"""Named architectures: TransNormerLLM, the Transformer beside it, GPT-2, hybrids."""
+
+from longctx.models.config import LightningConfig, MlpConfig, ModelConfig, SoftmaxConfig
+from longctx.models.decoder import Decoder, build
+from longctx.models.named import BYTE_VOCAB, MODELS, tnl, transformer, without_gate
+
+__all__ = [
+    "BYTE_VOCAB",
+    "MODELS",
+    "Decoder",
+    "LightningConfig",
+    "MlpConfig",
+    "ModelConfig",
+    "SoftmaxConfig",
+    "build",
+    "tnl",
+    "transformer",
+    "without_gate",
+]

@@ -1,0 +1,134 @@
+"""What a model is: frozen dataclasses of numbers and names, JSON-friendly."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from longctx.nn.lightning import Gate
+from longctx.nn.mlp import Activation
+from longctx.nn.norm import NormKind
+from longctx.nn.position import NO_SCALING, RopeScaling
+from longctx.nn.stack import Remat
+
+MIXERS = ("lightning", "softmax", "window")
+POSITIONS = ("mix", "lrpe_d", "exp_decay", "lrpe", "absolute")
+SLOPES = ("alibi", "printed")
+
+
+def _choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LightningConfig:
+    """The gated linear attention of a model's "lightning" layers."""
+
+    num_heads: int = 8  # paper: heads of 128
+    head_dim: int = 128  # paper
+    position: str = "mix"  # mix: LRPE-d in layer 0, decay elsewhere (paper's choice); lrpe_d: both
+    # everywhere; exp_decay: decay alone; lrpe: rotation alone; absolute: neither (learned table)
+    slopes: str = "alibi"  # author code; "printed": the formula printed in the papers
+    temperature: bool = True  # slower decay in later layers (paper)
+    gate: Gate = "linear"  # paper: linear; MiniMax-01: sigmoid; or off
+    activation: Activation = "silu"  # of q and k (paper)
+    value_activation: Activation = "none"  # of v (paper: none; MiniMax-01: silu)
+    norm: NormKind = "srms"  # after attention, over all heads together (paper)
+
+    def __post_init__(self) -> None:
+        _choice("position", self.position, POSITIONS)
+        _choice("slopes", self.slopes, SLOPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxConfig:
+    """The attention of a model's "softmax" and "window" layers."""
+
+    num_heads: int = 8  # query heads
+    num_kv_heads: int = 8  # key/value heads, a divisor of num_heads
+    head_dim: int = 128  # features per head
+    rope: bool = True  # rotary positions
+    rope_base: float = 10000.0  # paper of RoPE; larger for long contexts (Llama 3: 500000)
+    rope_fraction: float = 1.0  # share of each head's features that is rotated
+    rope_scaling: RopeScaling = NO_SCALING  # stretches wavelengths beyond the trained length
+    qk_norm: bool = False  # RMSNorm of each head's q and k
+    window: int = 1024  # tokens seen in "window" layers; "softmax" layers see all
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpConfig:
+    """The channel mixer of every layer."""
+
+    kind: str = "glu"  # "glu": gated linear unit; "mlp": two layers
+    width: int = 2816  # hidden features
+    activation: Activation = "none"  # glu: none is SGLU (paper), silu is SwiGLU; mlp: gelu is usual
+
+    def __post_init__(self) -> None:
+        _choice("mlp kind", self.kind, ("glu", "mlp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model; the defaults are TNL-385M."""
+
+    vocab_size: int = 50272  # the paper's ablation-style release; 64000 in the final ones
+    width: int = 1024  # of the residual stream
+    num_layers: int = 24  # layers
+    mixers: tuple[str, ...] = ("lightning",)  # pattern of token mixers, repeated over the layers:
+    # "lightning", "softmax", "window"; for instance seven lightning, one softmax
+    lightning: LightningConfig = LightningConfig()
+    softmax: SoftmaxConfig = SoftmaxConfig()
+    mlp: MlpConfig = MlpConfig()
+    norm: NormKind = "srms"  # pre-norms and final norm: srms (paper), rms, layer
+    norm_eps: float = 1e-6  # author code
+    learned_positions: int = 0  # rows of a learned absolute position table; 0: none
+    tied_head: bool = True  # output embedding is the input's (author code; counts agree)
+    scale_embedding: bool = True  # multiply embeddings by sqrt(width) (author code, v1 models)
+    init_std: float = 0.02  # normal(0, 0.02) for all weights, no residual scaling (author code)
+    dtype: str = "bfloat16"  # of computation (paper)
+    param_dtype: str = "float32"  # of parameters (ours)
+    remat: Remat = (
+        "none"  # what backward recomputes: none, block (everything), dots (all but those)
+    )
+    unroll: bool = False  # compile each layer on its own: slower to compile, may be faster to run
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.mixers:
+            raise ValueError("mixers=() must name at least one mixer")
+        for mixer in self.mixers:
+            _choice("mixer", mixer, MIXERS)
+        absolute = "lightning" in self.mixers and self.lightning.position == "absolute"
+        if absolute and not self.learned_positions:
+            raise ValueError("position='absolute' needs learned_positions, the table's rows")
+
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Kind of each layer: its mixer, with "+lrpe" where q and k are rotated."""
+        kinds = [self.mixers[i % len(self.mixers)] for i in range(self.num_layers)]
+        everywhere = self.lightning.position in ("lrpe_d", "lrpe")
+        first = self.lightning.position == "mix"
+        return tuple(
+            "lightning+lrpe" if k == "lightning" and (everywhere or (first and i == 0)) else k
+            for i, k in enumerate(kinds)
+        )
+
+
+def periods(kinds: Sequence[str]) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """Layers as (period, repeats), so that each period is compiled once.
+
+    Greedy: at each step the period whose repeats cover the most layers, the shortest on a tie.
+    Twenty-four layers a b b ... b give ((a,), 1), ((b,), 23).
+    """
+    result, rest = [], tuple(kinds)
+    while rest:
+        best, repeats = rest[:1], 1
+        for size in range(1, len(rest) // 2 + 1):
+            period, count = rest[:size], 1
+            while rest[count * size : (count + 1) * size] == period:
+                count += 1
+            if count > 1 and count * size > len(best) * repeats:
+                best, repeats = period, count
+        result.append((best, repeats))
+        rest = rest[len(best) * repeats :]
+    return tuple(result)

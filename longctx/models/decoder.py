@@ -1,0 +1,197 @@
+"""A decoder-only language model built from a `ModelConfig`."""
+
+import functools
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from longctx.models.config import ModelConfig, periods
+from longctx.nn.attention import SelfAttention
+from longctx.nn.cache import Cache
+from longctx.nn.lightning import LightningAttention
+from longctx.nn.linear import Embedding
+from longctx.nn.mlp import GLU, MLP
+from longctx.nn.norm import make_norm
+from longctx.nn.position import token_positions
+from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.nn.stack import Block, Segment, Stack
+from pallas_kernels.lightning_attention import alibi_log_decay, printed_log_decay
+
+
+class Decoder(nnx.Module):
+    """Tokens to hidden vectors to logits; see `ModelConfig` for what it is made of."""
+
+    def __init__(self, config: ModelConfig, *, axes: Axes = DEFAULT_AXES, rngs: nnx.Rngs):
+        self.config, self.axes = config, axes
+        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
+        embed = functools.partial(
+            Embedding,
+            width=config.width,
+            axes=axes,
+            std=config.init_std,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.embedding = embed(config.vocab_size)
+        self.untied_head = None if config.tied_head else embed(config.vocab_size)
+        rows = config.learned_positions
+        self.position_table = embed(rows) if rows else None
+        self.stack = Stack(
+            [
+                Segment(tuple(functools.partial(make_block, config, k, axes) for k in kinds), n)
+                for kinds, n in periods(config.layer_kinds())
+            ],
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+        self.final_norm = make_norm(
+            config.norm, config.width, config.norm_eps, param_dtype=param_dtype, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        doc_start: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "#B T"] | None = None,
+    ) -> Float[Array, "B T M"]:
+        """Hidden vectors after the final norm.
+
+        Args:
+          tokens: in [0, vocab_size).
+          doc_start: position in the row of the first token of each token's document, for packed
+            rows; None: each row is one document.
+          positions: of each token in its document; counted from `doc_start` by default.
+
+        Raises:
+          ValueError: T exceeds the learned position table.
+        """
+        if positions is None:
+            positions = token_positions(tokens.shape[1], doc_start)
+        return self._hidden(tokens, None, positions, doc_start=doc_start)[0]
+
+    def head(self) -> Float[Array, "V M"]:
+        """The output embedding, in the parameters' dtype."""
+        return (self.untied_head or self.embedding).table[...]
+
+    def logits(self, hidden: Float[Array, "B *T M"]) -> Float[Array, "B *T V"]:
+        """Logits in float32."""
+        head = self.head().astype(hidden.dtype)
+        return jnp.einsum("...m,vm->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """A cache for `batch` rows of up to `max_length` tokens, prompt and decoded ones.
+
+        Raises:
+          ValueError: `max_length` exceeds the learned position table.
+        """
+        self._check_length(max_length)
+        return self.stack.init_cache(batch, max_length)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"] | None, cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Continue each row by its first lengths[b] tokens (all T if None).
+
+        Returns:
+          the logits after each row's last token, and the cache. Each row gets what it would get
+          alone, whatever stands in the padding.
+        """
+        positions = token_positions(tokens.shape[1], offset=cache.length)
+        hidden, new = self._hidden(tokens, cache, positions, lengths=lengths)
+        if lengths is None:
+            last = hidden[:, -1]
+        else:
+            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self.logits(last), new
+
+    def decode(self, token: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+        """Continue each row by one token; returns the logits after it, and the cache."""
+        return self.prefill(token[:, None], None, cache)
+
+    def _hidden(self, tokens, cache, positions, **where):
+        if cache is None:
+            self._check_length(tokens.shape[1])
+        x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.width)
+        if self.position_table is not None:
+            x = x + jnp.broadcast_to(self.position_table(positions), x.shape)
+        x = place(x, self.axes.hidden)
+        x, cache = self.stack(x, cache, positions=positions, **where)
+        return self.final_norm(x), cache
+
+    def _check_length(self, length: int) -> None:
+        rows = self.config.learned_positions
+        if rows and length > rows:
+            raise ValueError(f"{length=} exceeds the table of learned positions, {rows=}")
+
+
+def make_block(
+    config: ModelConfig, kind: str, axes: Axes, layer: Int[Array, ""], rngs: nnx.Rngs
+) -> Block:
+    """One layer of the given kind; `layer` is its index, traced."""
+    c = config
+    shared = {
+        "std": c.init_std,
+        "dtype": jnp.dtype(c.dtype),
+        "param_dtype": jnp.dtype(c.param_dtype),
+        "axes": axes,
+        "rngs": rngs,
+    }
+    if kind.startswith("lightning"):
+        linear = c.lightning
+        mixer = LightningAttention(
+            c.width,
+            linear.num_heads,
+            linear.head_dim,
+            log_decay=_log_decay(c)[layer],
+            lrpe=kind == "lightning+lrpe",
+            activation=linear.activation,
+            value_activation=linear.value_activation,
+            gate=linear.gate,
+            norm=linear.norm,
+            norm_eps=c.norm_eps,
+            **shared,
+        )
+    else:
+        soft = c.softmax
+        mixer = SelfAttention(
+            c.width,
+            soft.num_heads,
+            soft.head_dim,
+            num_kv_heads=soft.num_kv_heads,
+            rope_base=soft.rope_base if soft.rope else None,
+            rope_fraction=soft.rope_fraction,
+            rope_scaling=soft.rope_scaling,
+            qk_norm=soft.qk_norm,
+            window=soft.window if kind == "window" else None,
+            norm_eps=c.norm_eps,
+            **shared,
+        )
+    channel = GLU if c.mlp.kind == "glu" else MLP
+    mlp = channel(c.width, c.mlp.width, activation=c.mlp.activation, **shared)
+    norms = [
+        make_norm(c.norm, c.width, c.norm_eps, param_dtype=shared["param_dtype"], rngs=rngs)
+        for _ in range(2)
+    ]
+    return Block(mixer, mlp, *norms, axes=axes)
+
+
+def _log_decay(config: ModelConfig) -> Float[Array, "L H"]:
+    """Decays of every layer; the layer index counts all layers, whatever their mixer."""
+    heads, layers = config.lightning.num_heads, config.num_layers
+    if config.lightning.position in ("lrpe", "absolute"):
+        return jnp.zeros((layers, heads), jnp.float32)
+    family = alibi_log_decay if config.lightning.slopes == "alibi" else printed_log_decay
+    temperature = config.lightning.temperature
+    return jnp.stack([family(heads, i, layers, temperature=temperature) for i in range(layers)])
+
+
+def build(config: ModelConfig, *, rngs: nnx.Rngs, axes: Axes = DEFAULT_AXES) -> Decoder:
+    """The model that `config` describes, with random parameters."""
+    return Decoder(config, axes=axes, rngs=rngs)

@@ -1,0 +1,41 @@
+"""Flax NNX modules: mixers, channel mixers, norms, positions, blocks and stacks, the loss.
+
+Each also works in a Linen model through `flax.nnx.bridge`.
+"""
+
+from longctx.nn.attention import SelfAttention
+from longctx.nn.cache import Cache
+from longctx.nn.lightning import Constant, LightningAttention
+from longctx.nn.linear import Embedding, Linear
+from longctx.nn.loss import chunked_cross_entropy
+from longctx.nn.mlp import GLU, MLP
+from longctx.nn.norm import LayerNorm, RMSNorm, SRMSNorm, make_norm
+from longctx.nn.position import LRPE, RopeScaling, rope, rope_frequencies, token_positions
+from longctx.nn.sharding import Axes
+from longctx.nn.stack import Block, Mixer, Segment, Stack
+
+__all__ = [
+    "GLU",
+    "LRPE",
+    "MLP",
+    "Axes",
+    "Block",
+    "Cache",
+    "Constant",
+    "Embedding",
+    "LayerNorm",
+    "LightningAttention",
+    "Linear",
+    "Mixer",
+    "RMSNorm",
+    "RopeScaling",
+    "SRMSNorm",
+    "Segment",
+    "SelfAttention",
+    "Stack",
+    "chunked_cross_entropy",
+    "make_norm",
+    "rope",
+    "rope_frequencies",
+    "token_positions",
+]

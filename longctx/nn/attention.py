@@ -1,0 +1,159 @@
+"""Softmax self-attention as a module."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from longctx.nn.cache import Cache, check_cached_call
+from longctx.nn.linear import INIT_STD, Linear
+from longctx.nn.norm import RMSNorm
+from longctx.nn.position import NO_SCALING, RopeScaling, rope, rope_frequencies, token_positions
+from longctx.nn.sharding import DEFAULT_AXES, Axes
+from longctx.parallel.mesh import shard_operator
+from pallas_kernels.flash_attention import flash_attention
+
+
+class SelfAttention(nnx.Module):
+    """Causal multi-head attention with grouped key/value heads, RoPE, QK-norm and a window.
+
+    y = softmax(q k^T / sqrt(D)) v Wo over the tokens that each token sees; query head h reads
+    key/value head h // (H // K). Signature and modes are those of `LightningAttention`: called on
+    [B, T, M] it returns (y, cache); the cache holds keys and values of up to `max_length` tokens.
+
+    Args:
+      width: of the model, M.
+      num_heads: H query heads of `head_dim` features.
+      num_kv_heads: K, a divisor of H (2305.13245); None: H.
+      rope_base: of the rotary frequencies; None: no rotation.
+      rope_fraction: share of each head's features that is rotated (MiniMax-01: 0.5).
+      rope_scaling: stretches the frequencies for longer contexts.
+      qk_norm: RMSNorm with weight on each head's q and k, before the rotation (2302.05442).
+      window: how many tokens, itself included, a token sees; None: all.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        num_kv_heads: int | None = None,
+        rope_base: float | None = 10000.0,
+        rope_fraction: float = 1.0,
+        rope_scaling: RopeScaling = NO_SCALING,
+        qk_norm: bool = False,
+        window: int | None = None,
+        norm_eps: float = 1e-6,
+        std: float = INIT_STD,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        axes: Axes = DEFAULT_AXES,
+        rngs: nnx.Rngs,
+    ):
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} must divide {num_heads=}")
+        rotated = round(head_dim * rope_fraction)
+        if rope_base is not None and (rotated % 2 or not 0 < rotated <= head_dim):
+            raise ValueError(f"{rope_fraction=} of {head_dim=} must be an even number of features")
+        self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
+        self.window, self.axes, self.dtype = window, axes, dtype
+        self.rope_base, self.rotated, self.rope_scaling = rope_base, rotated, rope_scaling
+        kwargs = {
+            "axes": axes,
+            "std": std,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        spread = (axes.fsdp, None, axes.tensor)
+        self.query = Linear(width, (1, num_heads * head_dim), spec=spread, **kwargs)
+        self.key_value = Linear(width, (2, kv_heads * head_dim), spec=spread, **kwargs)
+        self.output = Linear(num_heads * head_dim, width, spec=(axes.tensor, axes.fsdp), **kwargs)
+        norm = {"param_dtype": param_dtype, "rngs": rngs}
+        self.query_norm = RMSNorm(head_dim, norm_eps, **norm) if qk_norm else None
+        self.key_norm = RMSNorm(head_dim, norm_eps, **norm) if qk_norm else None
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """A cache without tokens that can hold `max_length` per row."""
+        shape = (batch, max_length, self.kv_heads, self.head_dim)
+        memory = (jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+        return Cache(jnp.zeros(batch, jnp.int32), memory)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        cache: Cache | None = None,
+        *,
+        positions: Int[Array, "#B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T M"], Cache | None]:
+        """Mix tokens; `positions` (default: counted from each document's start) serve RoPE."""
+        check_cached_call(cache, lengths, doc_start)
+        B, T, _ = x.shape
+        kv = self.key_value(x)
+        q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
+        k, v = (kv[..., i, :].reshape(B, T, self.kv_heads, self.head_dim) for i in range(2))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if self.rope_base is not None:
+            if positions is None:
+                seen = None if cache is None else cache.length
+                positions = token_positions(T, doc_start, seen)
+            frequencies = rope_frequencies(self.rotated, self.rope_base, self.rope_scaling)
+            q, k = rope(positions, frequencies, q, k)
+        if cache is None:
+            o = self._attend(q, k, v, doc_start)
+        else:
+            new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            keys, values = (
+                _append(memory, x, cache.length, new)
+                for memory, x in zip(cache.memory, (k, v), strict=True)
+            )
+            o = self._attend_cached(q, keys, values, cache.length)
+            cache = cache.advance((keys, values), new)
+        return self.output(o.reshape(B, T, -1)), cache
+
+    def _attend(self, q, k, v, doc_start):
+        """Attention within x itself."""
+
+        def operator(q, k, v, doc_start):
+            if doc_start is None:
+                return flash_attention(q, k, v, window=self.window)
+            lo = jnp.maximum(doc_start, 0)
+            return flash_attention(q, k, v, window=self.window, lo=lo)
+
+        heads = self.axes.heads
+        specs = (heads, heads, heads, self.axes.tokens)
+        return shard_operator(operator, specs, heads)(q, k, v, doc_start)
+
+    def _attend_cached(self, q, k, v, start):
+        """Attention over the whole cache: row t of b sees up to token start[b] + t."""
+
+        def operator(q, k, v, start):
+            hi = start[:, None] + 1 + jnp.arange(q.shape[1], dtype=start.dtype)[None]
+            lo = jnp.zeros_like(hi) if self.window is None else jnp.maximum(hi - self.window, 0)
+            return flash_attention(q, k, v, causal=False, lo=lo, hi=hi)
+
+        heads = self.axes.heads
+        specs = (heads, heads, heads, P(self.axes.batch))
+        return shard_operator(operator, specs, heads)(q, k, v, start)
+
+
+def _append(
+    memory: Float[Array, "B S K D"],
+    x: Float[Array, "B T K D"],
+    start: Int[Array, "B"],
+    new: Int[Array, "B"],
+) -> Float[Array, "B S K D"]:
+    """`memory` with the first new[b] tokens of x[b] written from start[b] on.
+
+    Padding, and what no longer fits, goes nowhere.
+    """
+    step = jnp.arange(x.shape[1], dtype=start.dtype)[None]
+    slot = jnp.where(step < new[:, None], start[:, None] + step, memory.shape[1])
+    row = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], slot.shape)
+    return memory.at[row, slot].set(x.astype(memory.dtype), mode="drop")

@@ -1,0 +1,71 @@
+"""Dense projections and the token embedding."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from longctx.nn.sharding import Axes, AxisName, parameter, place
+
+INIT_STD = 0.02  # normal(0, 0.02) for every weight: the TransNormerLLM authors' code
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel without bias; `features` may have several axes, for fused projections.
+
+    y[..., f, g] = sum_m x[..., m] kernel[m, f, g]. Products run in `dtype` and accumulate in
+    float32 on every accelerator; the result has `dtype`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int | Sequence[int],
+        *,
+        spec: Sequence[AxisName],
+        axes: Axes,
+        std: float = INIT_STD,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        shape = (in_features, *([features] if isinstance(features, int) else features))
+        init = jax.nn.initializers.normal(std)
+        self.kernel = parameter(init, shape, param_dtype, spec, rngs)
+        self.gathered = P(*(None if name == axes.fsdp else name for name in spec))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*rows M"]) -> Float[Array, "..."]:
+        """Project the last axis."""
+        kernel = place(self.kernel[...].astype(self.dtype), self.gathered)
+        return jnp.tensordot(x.astype(self.dtype), kernel, axes=1)
+
+
+class Embedding(nnx.Module):
+    """A table [V, M] of vectors, looked up by integer."""
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        *,
+        axes: Axes,
+        std: float = INIT_STD,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        init = jax.nn.initializers.normal(std)
+        self.table = parameter(init, (rows, width), param_dtype, (axes.tensor, axes.fsdp), rngs)
+        self.dtype = dtype
+
+    def __call__(self, index: Int[Array, "*rows"]) -> Float[Array, "*rows M"]:
+        """Rows of the table in the compute dtype."""
+        return jnp.take(place(self.whole(), P()), index, axis=0, mode="clip")
+
+    def whole(self) -> Float[Array, "V M"]:
+        """The table in the compute dtype."""
+        return self.table[...].astype(self.dtype)

@@ -1,0 +1,77 @@
+"""Mesh axis names of the modules, parameters that carry them, and placement on the mesh in use."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+type AxisName = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Names of the mesh axes that a module's arrays are split over; None: not split.
+
+    Parameters are split over `fsdp` and `tensor`, activations over `batch` and `seq`, heads and
+    MLP features over `tensor`. Axes that the mesh in use lacks count as size 1.
+    """
+
+    batch: AxisName = ("data", "fsdp")
+    fsdp: AxisName = "fsdp"
+    seq: AxisName = "seq"
+    tensor: AxisName = "tensor"
+
+    @property
+    def heads(self) -> P:
+        """Spec of q, k, v and o, [B, T, H, D]: an operator sees whole sequences of some heads."""
+        return P(self.batch, None, self.tensor, None)
+
+    @property
+    def tokens(self) -> P:
+        """Spec of [B, T] token attributes of an operator that sees whole sequences."""
+        return P(self.batch, None)
+
+    @property
+    def hidden(self) -> P:
+        """Spec of the residual stream, [B, T, M]."""
+        return P(self.batch, self.seq, None)
+
+
+DEFAULT_AXES = Axes()
+
+
+def parameter(
+    initializer: Callable[..., Array],
+    shape: Sequence[int],
+    dtype: jax.typing.DTypeLike,
+    spec: Sequence[AxisName],
+    rngs: nnx.Rngs,
+) -> nnx.Param[Array]:
+    """A parameter that knows its sharding, wherever it is created.
+
+    `nnx.get_partition_spec` reads the names; nothing is placed here, so that a module can be
+    made without a mesh, under `jit` with output shardings, or abstractly.
+    """
+    value = initializer(rngs.params(), tuple(shape), dtype)
+    return nnx.Param(value, out_sharding=tuple(spec), eager_sharding=False)
+
+
+def place(x: Array, spec: P) -> Array:
+    """`x` split by `spec` over the Auto axes of the mesh in use; `x` itself without a mesh.
+
+    Weights are placed without their `fsdp` axis right before use: it is the weights that XLA
+    then gathers, in the compute dtype, and never the activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.auto_axes) - set(mesh.manual_axes)
+    if not free:
+        return x
+
+    def keep(entry: AxisName) -> tuple[str, ...] | None:
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        return tuple(name for name in names if name in free) or None
+
+    return jax.lax.with_sharding_constraint(x, P(*map(keep, spec)))

@@ -1,0 +1,171 @@
+"""The decoder block, and stacks of blocks scanned over their repeats."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from longctx.nn.cache import Cache
+from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+
+type Remat = Literal["none", "block", "dots"]
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "block": None,  # keep only what enters each block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Mixer(Protocol):
+    """What `Block` needs of a token mixer; `LightningAttention` documents the arguments."""
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """A cache without tokens."""
+        ...
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        cache: Cache | None = None,
+        *,
+        positions: Int[Array, "#B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T M"], Cache | None]:
+        """Mix tokens."""
+        ...
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); called like a mixer."""
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        mlp: Callable[[Array], Array],
+        mixer_norm: Callable[[Array], Array],
+        mlp_norm: Callable[[Array], Array],
+        *,
+        axes: Axes = DEFAULT_AXES,
+    ):
+        self.mixer, self.mlp, self.axes = mixer, mlp, axes
+        self.mixer_norm, self.mlp_norm = mixer_norm, mlp_norm
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """The mixer's cache."""
+        return self.mixer.init_cache(batch, max_length)
+
+    def __call__(
+        self, x: Float[Array, "B T M"], cache: Cache | None = None, **where: Any
+    ) -> tuple[Float[Array, "B T M"], Cache | None]:
+        """One layer."""
+        mixed, cache = self.mixer(self.mixer_norm(x), cache, **where)
+        x = place(x + mixed, self.axes.hidden)
+        return place(x + self.mlp(self.mlp_norm(x)), self.axes.hidden), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` times the same period of layers.
+
+    Each entry of `layers` makes one block from its index among all layers (traced, since the
+    repeats are created by one `vmap`) and the random streams.
+    """
+
+    layers: tuple[Callable[[Int[Array, ""], nnx.Rngs], Block], ...]
+    repeats: int
+
+
+class Period(nnx.Module):
+    """The blocks of one period; of a whole segment once its parameters are stacked."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = nnx.List(blocks)
+
+
+class Stack(nnx.Module):
+    """Blocks in sequence, segment by segment, each compiled once however often it repeats.
+
+    Parameters of a segment have a leading axis of repeats. The cache's memory has one entry per
+    segment, each a tuple over the layers of a period, with the same leading axis.
+
+    Args:
+      segments: the layers, in order.
+      remat: what the backward pass recomputes: "none"; "block", everything but the input of each
+        period; "dots", everything but that and the results of dense products.
+      unroll: compile every repeat on its own, which is larger and may be faster.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        remat: Remat = "none",
+        unroll: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if remat not in REMAT_POLICIES:
+            raise ValueError(f"{remat=} must be one of {sorted(REMAT_POLICIES)}")
+        self.remat, self.unroll = remat, unroll
+        self.periods = nnx.List([])
+        first = 0
+        for segment in segments:
+            self.periods.append(_stacked(segment, first, rngs))
+            first += len(segment.layers) * segment.repeats
+        self.repeats = tuple(segment.repeats for segment in segments)
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """The cache of all layers, without tokens."""
+
+        def repeated(block: Block, repeats: int) -> Any:
+            memory = block.init_cache(batch, max_length).memory
+            return jax.tree.map(lambda x: jnp.zeros((repeats, *x.shape), x.dtype), memory)
+
+        memory = tuple(
+            tuple(repeated(block, repeats) for block in period.blocks)
+            for period, repeats in zip(self.periods, self.repeats, strict=True)
+        )
+        return Cache(jnp.zeros(batch, jnp.int32), memory)
+
+    def __call__(
+        self, x: Float[Array, "B T M"], cache: Cache | None = None, **where: Any
+    ) -> tuple[Float[Array, "B T M"], Cache | None]:
+        """All layers; arguments and modes are a mixer's."""
+        memories = []
+        for i, period in enumerate(self.periods):
+            graph, state = nnx.split(period)
+
+            def one_period(x, layer, graph=graph):
+                state, memories = layer
+                kept = []
+                for block, memory in zip(nnx.merge(graph, state).blocks, memories, strict=True):
+                    x, seen = block(x, cache and Cache(cache.length, memory), **where)
+                    kept.append(seen and seen.memory)
+                return x, tuple(kept)
+
+            if self.remat != "none":
+                policy = REMAT_POLICIES[self.remat]
+                one_period = jax.checkpoint(one_period, policy=policy, prevent_cse=False)
+            layers = (state, cache.memory[i] if cache else (None,) * len(period.blocks))
+            x, memory = jax.lax.scan(one_period, x, layers, unroll=self.unroll)
+            memories.append(memory)
+        if cache is None:
+            return x, None
+        lengths = where.get("lengths")
+        return x, cache.advance(tuple(memories), x.shape[1] if lengths is None else lengths)
+
+
+def _stacked(segment: Segment, first: int, rngs: nnx.Rngs) -> Period:
+    """The parameters of every repeat, made by one `vmap`."""
+
+    @nnx.split_rngs(splits=segment.repeats)
+    @nnx.vmap(in_axes=(0, 0), transform_metadata={nnx.PARTITION_NAME: None})
+    def make(start: Int[Array, ""], rngs: nnx.Rngs) -> Period:
+        return Period([layer(start + j, rngs) for j, layer in enumerate(segment.layers)])
+
+    return make(first + len(segment.layers) * jnp.arange(segment.repeats), rngs)
