@@ -132,18 +132,27 @@ class Layout:
     def in_position_order(self, shards: jax.Array) -> jax.Array:
         """The sequence [B, T, ...] in position order, from all devices' shards [P, B, T / P, ...].
 
-        Reshapes and transposes only, so that it is differentiable and XLA sees no gather.
+        Reshapes and transposes only: XLA sees no gather.
         """
         devices, batch, local, *rest = shards.shape
         x = jnp.moveaxis(shards, 0, 1)
-        if self.in_order:
-            return x.reshape(batch, devices * local, *rest)
-        if self.kind == "striped":
-            x = x.reshape(batch, self.ranks, -1, *rest)
-            return jnp.moveaxis(x, 1, 2).reshape(batch, devices * local, *rest)
-        x = x.reshape(batch, self.ranks, 2, -1, *rest)
-        x = jnp.concatenate([x[:, :, 0], x[:, ::-1, 1]], 1)
+        if self.kind == "zigzag":
+            x = x.reshape(batch, self.ranks, 2, -1, *rest)
+            x = jnp.concatenate([x[:, :, 0], x[:, ::-1, 1]], 1)
+        elif self.kind == "striped":
+            x = jnp.moveaxis(x.reshape(batch, self.ranks, -1, *rest), 1, 2)
         return x.reshape(batch, devices * local, *rest)
+
+    def in_shards(self, sequence: jax.Array, devices: int) -> jax.Array:
+        """The inverse of `in_position_order`."""
+        batch, length, *rest = sequence.shape
+        x = sequence
+        if self.kind == "zigzag":
+            x = x.reshape(batch, 2, self.ranks, -1, *rest)
+            x = jnp.stack([x[:, 0], x[:, 1, ::-1]], 2)
+        elif self.kind == "striped":
+            x = jnp.moveaxis(x.reshape(batch, -1, self.ranks, *rest), 2, 1)
+        return jnp.moveaxis(x.reshape(batch, devices, length // devices, *rest), 1, 0)
 
 
 def as_layout(layout: Layout | Kind, devices: int) -> Layout:

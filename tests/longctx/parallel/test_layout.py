@@ -28,6 +28,7 @@ def test_shards_hold_what_they_say(layout, pieces, per_piece):
     np.testing.assert_array_equal(layout.invert(laid_out["tokens"]), tokens)
     shards = jnp.asarray(laid_out["tokens"]).reshape(3, devices, -1).swapaxes(0, 1)
     np.testing.assert_array_equal(layout.in_position_order(shards), tokens)
+    np.testing.assert_array_equal(layout.in_shards(jnp.asarray(tokens), devices), shards)
     probe = np.arange(-2, length + 3)
     for device in range(devices):
         held = np.asarray(layout.positions(length, devices, device))

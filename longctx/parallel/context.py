@@ -1,0 +1,166 @@
+"""Softmax attention over a sequence that is sharded over devices: one call, several strategies."""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from longctx.parallel.gather import gather_attention
+from longctx.parallel.layout import Kind, Layout, as_layout
+from longctx.parallel.mesh import BATCH, shard_operator
+from longctx.parallel.ring import ring_attention
+from longctx.parallel.shards import Shards
+from longctx.parallel.ulysses import kv_copies, ulysses_attention
+
+Strategy = Literal["auto", "ring", "all_gather", "ulysses", "usp"]
+
+_OPERATORS: dict[str, Callable] = {
+    "ring": ring_attention,
+    "all_gather": gather_attention,
+    "ulysses": ulysses_attention,
+    "usp": ulysses_attention,
+}
+
+
+def context_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    *,
+    strategy: Strategy = "auto",
+    layout: Layout | Kind = "contiguous",
+    causal: bool = True,
+    window: int | None = None,
+    doc_start: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+    axis: str = "seq",
+    batch_axes: tuple[str, ...] = BATCH,
+    head_axis: str | None = "tensor",
+) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+    """Attention whose sequence is sharded over the mesh axis `axis`, equal to one device's.
+
+        o = flash_attention(q, k, v, causal=causal, window=window, lo=doc_start)
+
+    with the tokens in position order; here they are in the order of `layout`, into which the
+    batch has been brought once (`Layout.apply`). Call it on global arrays under the mesh of
+    `jax.set_mesh`, or on local shards inside your own `shard_map` over `axis`. Without a mesh it
+    is attention on one device.
+
+    Strategies: "ring" (keys travel, hidden behind the blocks), "all_gather" (of keys and
+    values), "ulysses" (tokens are swapped for heads; layout in position order), "usp" (Ulysses
+    within each of `layout.ranks` ranks, ring between them), "auto" (the cheapest of those that
+    the layout allows, see `explain`). Causal attention wants the zigzag layout, in which all
+    ranks have the same work; with a window the contiguous one, in which the ring stops early.
+
+    Args:
+      strategy: how the devices cooperate.
+      layout: the token layout; a name means one rank per device along `axis`.
+      causal: whether a token sees no later one.
+      window: how many tokens, itself included, a token sees; needs `causal`.
+      doc_start: position of the first token of each token's document, laid out as the tokens
+        are (its values are positions, not slots); needs `causal`.
+      scale, soft_cap, deterministic, backend: as in `flash_attention`.
+      return_lse: whether to return (o, lse), lse float32 in natural log.
+      axis: mesh axis along the sequence.
+      batch_axes: mesh axes along the batch, for global arrays.
+      head_axis: mesh axis along the heads, for global arrays.
+
+    Raises:
+      ValueError: shapes, layout, strategy or axes do not fit together. All checks come before
+        the first collective, so that no device waits for one that has failed.
+
+    Sums across devices are in float32, forward and backward. Differentiable once, in reverse.
+    Sources: arXiv 2310.01889, 2309.14509, 2405.07719.
+    """
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"{strategy=} must be one of {get_args(Strategy)}")
+    if q.ndim != 4 or k.ndim != 4 or v.shape[:3] != k.shape[:3] or q.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"q, k, v must be [B, T, H, D], [B, T, K, D], [B, T, K, E], "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if not causal and (window is not None or doc_start is not None):
+        raise ValueError("a window and doc_start need causal=True")
+    devices, inside = _axis(axis)
+    length = q.shape[1] * devices if inside else q.shape[1]
+    layout = as_layout(layout, devices)
+    layout.check(length, devices)
+    split = 1 if inside else _axis_size(head_axis)
+    if k.shape[2] % split or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads, and "
+            f"these of the {split} devices along {head_axis=}"
+        )
+    heads, kv_heads = q.shape[2] // split, k.shape[2] // split
+    if strategy == "auto":
+        strategy = "ring"
+    _check_strategy(strategy, layout, devices, heads, kv_heads)
+    swaps = strategy in ("ulysses", "usp")
+    ranks = devices if not swaps else 1 if strategy == "ulysses" else layout.ranks
+    shards = Shards(
+        axis=axis,
+        ranks=ranks,
+        inner=devices // ranks,
+        layout=Layout(layout.kind, ranks) if swaps else layout,
+        length=length,
+        causal=causal,
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        deterministic=deterministic,
+        backend=backend,
+    )
+    attend = whole_attention if devices == 1 else _OPERATORS[strategy]
+    rows, tokens = P(batch_axes, axis, head_axis, None), P(batch_axes, axis)
+    operator = shard_operator(
+        functools.partial(attend, shards),
+        (rows, rows, rows, tokens),
+        (rows, P(batch_axes, head_axis, axis)),
+    )
+    o, lse = operator(q, k, v, doc_start)
+    return (o, lse) if return_lse else o
+
+
+def _axis(axis: str) -> tuple[int, bool]:
+    """Devices along `axis`, and whether we are inside a shard_map over it; (1, False) if no mesh.
+
+    Raises:
+      ValueError: there is a mesh, and it lacks the axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, False
+    if axis not in mesh.axis_names:
+        raise ValueError(f"{axis=} is not an axis of the mesh in use, {mesh.axis_names}")
+    return mesh.shape[axis], axis in mesh.manual_axes
+
+
+def _axis_size(axis: str | None) -> int:
+    """Devices along `axis` over which arrays are still global."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if axis in mesh.manual_axes else mesh.shape.get(axis, 1)
+
+
+def _check_strategy(strategy: str, layout: Layout, devices: int, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless the strategy can serve this layout and these heads."""
+    if strategy == "ulysses":
+        if not layout.in_order:
+            raise ValueError(
+                f"strategy='ulysses' needs tokens in position order, not {layout}: use the "
+                "contiguous layout"
+            )
+        kv_copies(heads, kv_heads, devices)
+    if strategy == "usp":
+        if not 1 < layout.ranks < devices:
+            raise ValueError(
+                f"strategy='usp' needs a Layout with more than 1 and fewer than {devices} ranks "
+                f"(the ring; Ulysses runs inside a rank), not {layout}"
+            )
+        kv_copies(heads, kv_heads, devices // layout.ranks)

@@ -1,0 +1,76 @@
+"""All-gather attention: every rank collects all keys and values, then computes its own rows.
+
+The one collective stands before the compute, exposed, and every rank holds the whole sequence's
+keys: cheap under grouped heads and for short shards, where a ring's hops are too small. The
+gathered keys are put in position order, so that a query's keys are one interval in every layout.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from longctx.parallel.shards import Shards, pack, unpack
+from pallas_kernels._pallas import unify_varying, varying_axes
+from pallas_kernels.flash_attention import block_backward, block_forward
+
+type Output = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
+
+
+def gather_attention(
+    shards: Shards,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    doc_start: Int[Array, "B T"] | None,
+) -> Output:
+    """Output and lse of this rank's queries over all ranks' keys; differentiable in q, k, v.
+
+    dk and dv are summed over the ranks in float32 (the transpose of a gather sums in bfloat16).
+    """
+    args = q, k, v, doc_start
+    return _gather(shards, *unify_varying(args, varying_axes(*args) | {shards.axis}))
+
+
+def _all_keys(shards: Shards, k: Array, v: Array) -> tuple[Array, Array]:
+    gathered = lax.all_gather(pack(k, v), shards.axis)
+    return unpack(shards.layout.in_position_order(gathered), k.shape[-1])
+
+
+def _mask(shards: Shards, batch: int, doc_start: Array | None) -> dict[str, Array]:
+    if not shards.causal:
+        return {}
+    lo, hi = shards.seen_positions(batch, doc_start)
+    return {"lo": lo, "hi": hi}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None) -> Output:
+    mask = _mask(shards, q.shape[0], doc_start)
+    o, lse = block_forward(q, *_all_keys(shards, k, v), **mask, **shards.options)
+    return o.astype(q.dtype), lse
+
+
+def _gather_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
+    o, lse = _gather(shards, q, k, v, doc_start)
+    return (o, lse), (q, k, v, doc_start, o, lse)
+
+
+def _gather_bwd(shards: Shards, saved: tuple, cotangents: Output):
+    q, k, v, doc_start, o, lse = saved
+    do, dlse = cotangents
+    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+    all_k, all_v = _all_keys(shards, k, v)
+    zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, all_k, all_v))
+    mask = _mask(shards, q.shape[0], doc_start)
+    dq, dk, dv = block_backward(
+        q, all_k, all_v, do, lse, delta, accumulate=zeros, **mask, **shards.options
+    )
+    dkv = shards.layout.in_shards(pack(dk, dv), shards.ranks)
+    dk, dv = unpack(lax.psum_scatter(dkv, shards.axis), k.shape[-1])
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)

@@ -1,0 +1,83 @@
+"""Ulysses and USP: devices swap tokens for heads, compute, and swap back.
+
+    [B, T/(RU), H] ── all-to-all in groups of U ──▶ [B, T/R, H/U] ── attention ──▶ back
+
+With one rank (R = 1) a device then holds whole sequences of some heads (Ulysses); with more, a
+ring runs between ranks (USP). Keys and values are repeated when U devices share fewer heads.
+
+Sources: arXiv 2309.14509 (Ulysses), 2405.07719 (USP).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from longctx.parallel.ring import Output, ring_attention
+from longctx.parallel.shards import Shards
+from pallas_kernels.flash_attention import flash_attention
+
+
+def kv_copies(heads: int, kv_heads: int, inner: int) -> int:
+    """Copies of each key/value head that `inner` devices need between them.
+
+    Raises:
+      ValueError: the heads cannot be dealt out evenly.
+    """
+    dealt = math.lcm(kv_heads, inner)
+    if heads % dealt:
+        raise ValueError(
+            f"{heads} query and {kv_heads} key/value heads cannot be dealt to {inner} devices: "
+            f"query heads must be a multiple of {dealt}"
+        )
+    return dealt // kv_heads
+
+
+def ulysses_attention(
+    shards: Shards,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    doc_start: Int[Array, "B T"] | None,
+) -> Output:
+    """Output and lse of this device's queries over all keys; differentiable in q, k, v."""
+
+    def swap(x: Array, split: int, concat: int) -> Array:
+        groups = shards.groups()
+        return lax.all_to_all(x, shards.axis, split, concat, tiled=True, axis_index_groups=groups)
+
+    copies = kv_copies(q.shape[2], k.shape[2], shards.inner)
+    k, v = _repeat(k, copies), _repeat(v, copies)
+    q, k, v = (swap(x, 2, 1) for x in (q, k, v))
+    if doc_start is not None:
+        doc_start = lax.all_gather(
+            doc_start, shards.axis, axis=1, tiled=True, axis_index_groups=shards.groups()
+        )
+    attend = whole_attention if shards.ranks == 1 else ring_attention
+    o, lse = attend(shards, q, k, v, doc_start)
+    return swap(o, 1, 2), swap(lse, 2, 1)
+
+
+def whole_attention(
+    shards: Shards,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K E"],
+    doc_start: Int[Array, "B T"] | None,
+) -> Output:
+    """Output and lse where one device holds the whole sequence."""
+    return flash_attention(
+        q, k, v,
+        causal=shards.causal, window=shards.window, lo=doc_start, return_lse=True,
+        **shards.options,
+    )  # fmt: skip
+
+
+def _repeat(x: jax.Array, copies: int) -> jax.Array:
+    """Each head `copies` times; its gradient sums the copies in float32."""
+    if copies == 1:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.repeat(wide, copies, 2).astype(x.dtype)
