@@ -1,0 +1,270 @@
+"""Sparse Flash Attention (arXiv 2306.01160): dropped queries and keys, and hash buckets.
+
+Both are one thing: reorder the rows of every head so that the keys a query may see become one
+interval `[lo, hi)`, run `flash_attention` on the intervals, and put the outputs back.
+
+    drop    kept rows first, in time order      [0, kept keys not later than the query)
+    hash    stable sort by bucket               [bucket start, bucket keys not later)
+
+The orders are per batch element and per head. A query that may see no key gives 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from longctx.attention.rows import count_earlier, invert, look_up, move, of_code
+from pallas_kernels.flash_attention import flash_attention
+
+
+class Plan(NamedTuple):
+    """An order of queries, one of keys, and the interval of ordered keys each ordered query sees.
+
+    `q_slot[t]` is the place of query `t`, `q_source[r]` the query in place `r`, likewise for keys;
+    `lo` and `hi` belong to places. A slot or source beyond the end means none.
+    """
+
+    q_source: Int[Array, "B H R"]
+    q_slot: Int[Array, "B H T"]
+    k_source: Int[Array, "B H C"]
+    k_slot: Int[Array, "B H T"]
+    lo: Int[Array, "B H R"]
+    hi: Int[Array, "B H R"]
+
+
+def attend(
+    plan: Plan,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H E"],
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T H E"]:
+    """Attention of every query to the keys that `plan` lets it see."""
+    if not q.shape[:3] == k.shape[:3] == v.shape[:3]:
+        raise ValueError(
+            f"q, k and v have [B, T, H] {q.shape[:3]}, {k.shape[:3]}, {v.shape[:3]}: every query "
+            "head orders its own keys, so all three must agree (repeat grouped keys first)"
+        )
+    o = flash_attention(
+        move(q, plan.q_source, plan.q_slot),
+        move(k, plan.k_source, plan.k_slot),
+        move(v, plan.k_source, plan.k_slot),
+        causal=False,
+        lo=plan.lo,
+        hi=plan.hi,
+        scale=scale,
+        backend=backend,
+    )
+    return move(o, plan.q_slot, plan.q_source)
+
+
+def visited_tiles(plan: Plan, tile: int = 128) -> Int[Array, "B H"]:
+    """How many `tile` x `tile` tiles of scores each head computes, by the bounds of its intervals.
+
+    A tile of queries visits the tiles of keys between the least `lo` and the greatest `hi` of
+    its rows that see anything: a cost that needs no hardware to compare.
+    """
+    length, keys = plan.lo.shape[-1], plan.k_source.shape[-1]
+    padding = [(0, 0), (0, 0), (0, -length % tile)]
+    empty = plan.hi <= plan.lo
+
+    def rows(x: Array, nothing: int) -> Array:
+        x = jnp.pad(jnp.where(empty, nothing, x), padding, constant_values=nothing)
+        return x.reshape(*x.shape[:2], -1, tile)
+
+    first = rows(plan.lo, keys).min(-1) // tile
+    stop = -(-rows(plan.hi, 0).max(-1) // tile)
+    return jnp.maximum(stop - first, 0).sum(-1)
+
+
+def overflow(keep: Bool[Array, "B T H"], capacity: int) -> Int[Array, "B H"]:
+    """How many kept rows of each head lie beyond `capacity` and are dropped after all."""
+    return jnp.maximum(keep.sum(1, dtype=jnp.int32) - capacity, 0)
+
+
+def plan_drop(
+    keep_q: Bool[Array, "B T H"],
+    keep_k: Bool[Array, "B T H"],
+    *,
+    capacity_q: int,
+    capacity_k: int,
+    doc_start: Int[Array, "B T"] | None = None,
+) -> Plan:
+    """The order and intervals of `qk_sparse_attention`."""
+    q_slot, q_source, _ = _compact(keep_q, capacity_q)
+    k_slot, k_source, kept = _compact(keep_k, capacity_k)
+    lo = jnp.zeros_like(kept)
+    if doc_start is not None:
+        before = jnp.concatenate([lo[..., :1], kept[..., :-1]], axis=-1)
+        first = jnp.maximum(doc_start[:, None], 0)
+        lo = look_up(before, jnp.broadcast_to(first, kept.shape))
+    lo, hi = look_up(lo, q_source), look_up(kept, q_source)
+    return Plan(q_source, q_slot, k_source, k_slot, lo, hi)
+
+
+def _compact(keep: Bool[Array, "B T H"], capacity: int) -> tuple[Array, Array, Array]:
+    """Slots and sources of the kept rows, and how many are kept up to and with each row."""
+    if capacity < 1:
+        raise ValueError(f"{capacity=} must be positive")
+    keep = jnp.swapaxes(keep, 1, 2)
+    kept = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
+    # Distinct places, all out of range.
+    beyond = capacity + jnp.arange(keep.shape[-1], dtype=jnp.int32)[None, None]
+    slot = jnp.where(keep & (kept <= capacity), kept - 1, beyond)
+    return slot, invert(slot, capacity), jnp.minimum(kept, capacity)
+
+
+def qk_sparse_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H E"],
+    keep_q: Bool[Array, "B T H"],
+    keep_k: Bool[Array, "B T H"],
+    *,
+    capacity_q: int,
+    capacity_k: int,
+    doc_start: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T H E"]:
+    """Causal attention of the kept queries to the kept keys; a dropped query gives 0.
+
+        o_t = sum_s softmax_s(scale q_t.k_s) v_s    over s <= t with keep_k[s], if keep_q[t]
+
+    A kept query sees itself only if its own key is kept, and gives 0 if it sees no key. Shapes
+    are static, so each head computes on `capacity_q` queries and `capacity_k` keys: of the kept
+    rows beyond a capacity the *latest* are dropped, and `overflow` counts them. For keep masks
+    drawn with probability p, `p T` and a few hundred more rows are ample. `doc_start[b, t]`, the
+    position of the first token of t's document, hides the keys before it.
+
+    Warning: the operator is causal, a mask need not be. Random masks and thresholds on a token's
+    own score are; choosing the top k of a sequence is not, because whether an early token is kept
+    then depends on later ones.
+
+    Gradients flow to q, k and v. Source: arXiv 2306.01160, section 3 (QK-sparse).
+
+    Raises:
+      ValueError: a capacity is not positive, or the shapes disagree.
+    """
+    plan = plan_drop(
+        keep_q, keep_k, capacity_q=capacity_q, capacity_k=capacity_k, doc_start=doc_start
+    )
+    return attend(plan, q, k, v, scale=scale, backend=backend)
+
+
+def hash_matrix(key: Array, heads: int, width: int, num_buckets: int) -> Float[Array, "H D N"]:
+    """Random unit columns, `num_buckets / 2` for each head, for `hash_rows`.
+
+    Raises:
+      ValueError: `num_buckets` is neither 1 nor even.
+    """
+    if num_buckets != 1 and (num_buckets < 2 or num_buckets % 2):
+        raise ValueError(f"{num_buckets=} must be 1 or even: each direction makes two buckets")
+    matrix = jax.random.normal(key, (heads, width, num_buckets // 2))
+    return matrix / jnp.linalg.norm(matrix, axis=1, keepdims=True)
+
+
+def hash_rows(x: Float[Array, "B T H D"], matrix: Float[Array, "H D N"]) -> Int[Array, "B T H"]:
+    """The bucket of every row: argmax of [x R, -x R], the cross-polytope hash (arXiv 1509.02897).
+
+    Rows of nearly one direction share a bucket; the length does not matter. No gradient.
+    """
+    if matrix.shape[-1] == 0:
+        return jnp.zeros(x.shape[:3], jnp.int32)
+    x = jax.lax.stop_gradient(x)
+    along = jnp.einsum(
+        "bthd,hdn->bthn", x, matrix.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return jnp.argmax(jnp.concatenate([along, -along], axis=-1), axis=-1).astype(jnp.int32)
+
+
+def plan_hash(
+    q_hashes: Int[Array, "B T H"],
+    k_hashes: Int[Array, "B T H"] | None,
+    *,
+    num_buckets: int,
+    strict: bool = True,
+    doc_start: Int[Array, "B T"] | None = None,
+) -> Plan:
+    """The order and intervals of `hash_sparse_attention`; `k_hashes` is None when tied."""
+    q_codes = jnp.swapaxes(q_hashes, 1, 2)
+    length = q_codes.shape[-1]
+    earlier, held = count_earlier(q_codes, q_codes, num_buckets)
+    start = jnp.cumsum(held, axis=-1) - held
+    lo = of_code(start[:, :, None], q_codes)
+    q_slot = k_slot = lo + earlier
+    q_source = k_source = invert(q_slot, length)
+    hi = q_slot if strict else q_slot + 1
+    k_codes = q_codes
+    if k_hashes is not None:
+        k_codes = jnp.swapaxes(k_hashes, 1, 2)
+        rank, held = count_earlier(k_codes, k_codes, num_buckets)
+        start = jnp.cumsum(held, axis=-1) - held
+        k_slot = of_code(start[:, :, None], k_codes) + rank
+        k_source = invert(k_slot, length)
+        lo = of_code(start[:, :, None], q_codes)
+        hi = lo + count_earlier(q_codes, k_codes, num_buckets)[0]
+        if not strict:
+            hi = hi + (q_codes == k_codes)
+    if doc_start is not None:
+        time = jnp.arange(length, dtype=jnp.int32)[None, None]
+        ordered = look_up(k_codes * length + time, k_source)
+        first = q_codes * length + jnp.maximum(doc_start[:, None], 0)
+        lo = jax.vmap(jax.vmap(jnp.searchsorted))(ordered, first).astype(jnp.int32)
+    return Plan(q_source, q_slot, k_source, k_slot, look_up(lo, q_source), look_up(hi, q_source))
+
+
+def hash_sparse_attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H E"],
+    *,
+    num_buckets: int,
+    key: Array | None = None,
+    hashes: Int[Array, "B T H"] | tuple[Array, Array] | None = None,
+    tied: bool = True,
+    strict: bool = True,
+    doc_start: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T H E"]:
+    """Causal attention of every query to the earlier keys of its own bucket, all of them.
+
+        o_t = sum_s softmax_s(scale q_t.k_s) v_s    over s < t with k_hash[s] == q_hash[t]
+
+    `strict=False` admits s = t. The first query of a bucket sees no key and gives 0. `tied` means
+    one hash per token, taken from q (the published model, whose keys are the normalised queries);
+    untied, k is hashed by the same directions. Buckets come from `key` (the same key draws the
+    same buckets again, so rematerialisation is safe) or are given: `hashes` is int32 `[B, T, H]`
+    below `num_buckets`, or a pair of them for q and k when untied. `doc_start[b, t]`, the position
+    of the first token of t's document, hides the keys before it.
+
+    Gradients flow to q, k and v, none through the buckets. Source: arXiv 2306.01160, section 3
+    (Hash-sparse); strict as in its language models, inclusive as in its timings.
+
+    Raises:
+      ValueError: not exactly one of `key` and `hashes`; hashes that do not fit `tied`;
+        `num_buckets` neither 1 nor even with `key`; too many buckets for int32; shapes disagree.
+    """
+    if (key is None) == (hashes is None):
+        raise ValueError("give exactly one of key and hashes")
+    if hashes is not None and tied == isinstance(hashes, tuple):
+        raise ValueError(f"{tied=} takes {'one array of' if tied else 'a pair of'} hashes")
+    if num_buckets * q.shape[1] >= 2**31:
+        raise ValueError(f"{num_buckets=} times length {q.shape[1]} must fit int32")
+    if isinstance(hashes, tuple):
+        q_hashes, k_hashes = hashes
+    elif hashes is not None:
+        q_hashes, k_hashes = hashes, None
+    else:
+        matrix = hash_matrix(key, q.shape[2], q.shape[3], num_buckets)
+        q_hashes = hash_rows(q, matrix)
+        k_hashes = None if tied else hash_rows(k, matrix)
+    plan = plan_hash(
+        q_hashes, k_hashes, num_buckets=num_buckets, strict=strict, doc_start=doc_start
+    )
+    return attend(plan, q, k, v, scale=scale, backend=backend)
