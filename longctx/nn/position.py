@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from longctx.attention.rotary import rope
 from longctx.nn.sharding import AxisName, parameter
+
+__all__ = ["LRPE", "RopeScaling", "rope", "rope_frequencies", "token_positions"]
 
 
 def token_positions(
@@ -96,23 +99,3 @@ def rope_frequencies(
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         return frequencies * (keep + (1.0 - keep) / scaling.factor)
     return frequencies
-
-
-def rope(
-    positions: Int[Array, "#B T"],
-    frequencies: Float[Array, "D/2"],
-    *arrays: Float[Array, "B T _ D"],
-) -> tuple[Float[Array, "B T _ D"], ...]:
-    """Rotary position embedding (2104.09864): feature j is paired with feature j + R / 2.
-
-    R = 2 * len(frequencies) leading features are rotated, the others pass. Computed in float32.
-    """
-    angle = jnp.einsum("bt,d->btd", positions.astype(jnp.float32), frequencies)[:, :, None]
-    cos, sin, half = jnp.cos(angle), jnp.sin(angle), frequencies.shape[0]
-
-    def rotate(x: Float[Array, "B T _ D"]) -> Float[Array, "B T _ D"]:
-        first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate([*(y.astype(x.dtype) for y in turned), rest], axis=-1)
-
-    return tuple(map(rotate, arrays))
