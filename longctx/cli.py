@@ -1,0 +1,72 @@
+"""The `longctx` command: one sub-command per entry of `COMMANDS`."""
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Sequence
+from typing import Any, Never
+
+from longctx.errors import UserError
+
+PROGRAM = "longctx"
+
+# Name -> what it does, and the function (module:name) that takes the arguments after the name.
+# The module is imported when the command is called.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("train a named run, or resume it", "longctx.commands:train"),
+    "eval": ("score a trained run by length and context", "longctx.commands:evaluate"),
+    "generate": ("continue prompts with a trained run", "longctx.commands:generate"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends it with one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: {PROGRAM} COMMAND ...   ({PROGRAM} COMMAND --help lists its options)\n")
+        for command, (summary, _) in COMMANDS.items():
+            print(f"  {command:12}{summary}")
+        return
+    if name not in COMMANDS:
+        fail(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+    module, _, function = COMMANDS[name][1].partition(":")
+    try:
+        getattr(importlib.import_module(module), function)(arguments[1:])
+    except UserError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> Never:
+    """Say what is wrong in one line and exit with code 2."""
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse[Options](
+    form: type[Options], command: str, arguments: Sequence[str], **settings: Any
+) -> Options:
+    """The arguments of a command as an instance of the dataclass `form`, through tyro.
+
+    tyro reports a mistake in a box of several lines; here its first paragraph becomes one line.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(form, args=arguments, prog=f"{PROGRAM} {command}", **settings)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        fail(f"{_first_paragraph(said.getvalue())} (see {PROGRAM} {command} --help)")
+    except ValueError as error:  # a rule of the outermost dataclass, which tyro lets through
+        fail(str(error))
+
+
+def _first_paragraph(box: str) -> str:
+    lines = [line.strip("│ ") for line in box.splitlines()]
+    inside = [line for line in lines if line and line[0] != "╭"]
+    end = next((i for i, line in enumerate(inside) if line[0] in "─╰"), len(inside))
+    return " ".join(inside[:end])

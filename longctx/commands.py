@@ -1,0 +1,98 @@
+"""What `longctx train`, `eval` and `generate` do with their arguments."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from longctx.cli import parse
+from longctx.configs import RUNS
+from longctx.errors import UserError
+from longctx.train.config import RunConfig
+
+TRAIN_HELP = f"""usage: longctx train NAME [--out DIR] [overrides]
+
+NAME is {", ".join(RUNS)}, or file.py:NAME for a RunConfig in a file of your own (an entry of
+its RUNS, or a variable). `longctx train NAME --help` lists every field with its value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Train a run, or resume what its directory already holds."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    # Directory of the run; default runs/NAME.
+    out: pathlib.Path
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`longctx train NAME [--out DIR] [overrides]`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(TRAIN_HELP)
+        return
+    name, *overrides = arguments
+    default = TrainOptions(find_run(name), pathlib.Path("runs") / name.rpartition(":")[2])
+    options = parse(TrainOptions, f"train {name}", overrides, default=default)
+
+    from longctx.train.loop import train as run
+
+    run(options.run, options.out)
+
+
+def find_run(name: str) -> RunConfig:
+    """The run called `name` in `longctx.configs`, or `NAME` of `file.py:NAME`.
+
+    Raises:
+      UserError: there is no such run.
+    """
+    path, colon, entry = name.rpartition(":")
+    if not colon:
+        if name not in RUNS:
+            raise UserError(f"unknown run {name!r}; there are {', '.join(RUNS)}, and file.py:NAME")
+        return RUNS[name]
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runs = getattr(module, "RUNS", {})
+    found = runs[entry] if entry in runs else getattr(module, entry, None)
+    if not isinstance(found, RunConfig):
+        raise UserError(f"{path} has no RunConfig {entry!r}; its RUNS are {', '.join(runs)}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Score the newest checkpoint of a run: bits per byte by sequence length and by context."""
+
+    # Directory of the run.
+    run: tyro.conf.Positional[pathlib.Path]
+    # Sequence lengths, separated by commas; each must divide the largest.
+    lengths: str = "512,1024,2048,4096"
+    # Held-out tokens to score, at least one sequence of the largest length.
+    tokens: int = 2**17
+
+    def __post_init__(self) -> None:
+        if not all(n.isdecimal() and int(n) > 0 for n in self.lengths.split(",")):
+            raise ValueError(f"lengths={self.lengths} must be positive numbers, as in 512,1024")
+        for length in self.parsed:
+            if max(self.parsed) % length:
+                raise ValueError(f"lengths={self.lengths}: {length} does not divide the largest")
+
+    @property
+    def parsed(self) -> list[int]:
+        """The lengths as numbers."""
+        return [int(n) for n in self.lengths.split(",")]
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """`longctx eval RUN [--lengths 512,1024] [--tokens N]`."""
+    options = parse(EvalOptions, "eval", arguments)
+
+    from longctx.eval.lengths import evaluate as run
+
+    run(options.run, options.parsed, tokens=options.tokens)

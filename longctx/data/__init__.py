@@ -1,0 +1,1 @@
+"""Text in, packed token windows out: sources, tokenizers, packing and the input pipeline."""

@@ -1,0 +1,101 @@
+"""Bits per byte of a trained run at several lengths, one JSONL and one figure."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from longctx.data.pipeline import load_corpus
+from longctx.eval.score import Score, make_scorer
+from longctx.parallel.mesh import MeshConfig, make_mesh
+from longctx.train.provenance import provenance
+from longctx.train.restore import load_run
+
+
+def evaluate(
+    run: pathlib.Path,
+    lengths: Sequence[int],
+    *,
+    tokens: int = 2**18,
+    mesh: MeshConfig | None = None,
+) -> list[Score]:
+    """Score the newest checkpoint of `run` on its held-out text, at each length.
+
+    All lengths see the same text, cut differently; they may exceed the training length. Writes
+    `eval.jsonl` (a line per length) and `eval.png` into the run.
+
+    Args:
+      run: directory of the run.
+      lengths: tokens per sequence; each must divide the largest.
+      tokens: held-out tokens scored, at least one block of the largest length.
+      mesh: devices to use; default one.
+
+    Raises:
+      RunError: `run` has no checkpoint that can be read.
+      DataError: the held-out text is shorter than the largest length.
+      ValueError: a length does not divide the largest.
+    """
+    device_mesh = make_mesh(mesh)
+    with jax.set_mesh(device_mesh):
+        loaded = load_run(run, device_mesh)
+        config = loaded.config
+        corpus = load_corpus(config.data, "valid", vocab_size=config.model.vocab_size)
+        scores = []
+        for length in sorted(lengths):
+            scorer = make_scorer(
+                loaded.graph, corpus, length, tokens=tokens, mesh=device_mesh, block=max(lengths)
+            )
+            scores.append(scorer(loaded.params, loaded.rest))
+    origin = {"step": loaded.step, "train_length": config.data.sequence_length} | provenance()
+    lines = [json.dumps(origin | dataclasses.asdict(score)) + "\n" for score in scores]
+    (run / "eval.jsonl").write_text("".join(lines))
+    plot_scores(run)
+    _show(scores)
+    return scores
+
+
+def _show(scores: Sequence[Score]) -> None:
+    """A table: a row per length, a column per bucket of context."""
+    longest = max(scores, key=lambda score: score.length)
+    table = Table(title="held-out bits per byte; columns on the right by tokens of context")
+    for name in ("length", "tokens", "all", *(f"{b.first}+" for b in longest.buckets)):
+        table.add_column(name, justify="right")
+    for score in scores:
+        by_context = [
+            "" if b.bits_per_byte is None else f"{b.bits_per_byte:.3f}" for b in score.buckets
+        ]
+        table.add_row(
+            str(score.length), str(score.tokens), f"{score.bits_per_byte:.3f}", *by_context
+        )
+    Console().print(table)
+
+
+def plot_scores(run: pathlib.Path) -> pathlib.Path:
+    """Draw `run/eval.png` from `run/eval.jsonl`: the score by length, and by context."""
+    from matplotlib.figure import Figure  # slow to import
+
+    records = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_length, by_context = figure.subplots(1, 2, sharey=True)
+    by_length.plot(
+        [r["length"] for r in records], [r["bits_per_byte"] for r in records], marker="o"
+    )
+    by_length.axvline(records[0]["train_length"], color="grey", linestyle=":", label="trained at")
+    by_length.set(xlabel="sequence length", ylabel="held-out bits per byte", title=run.name)
+    for record in records:
+        shown = [b for b in record["buckets"] if b["tokens"]]
+        centres = [(b["first"] + b["last"]) / 2 for b in shown]
+        values = [b["bits_per_byte"] for b in shown]
+        by_context.plot(centres, values, marker="o", label=f"length {record['length']}")
+    by_context.set(xlabel="tokens of context")
+    for axes in (by_length, by_context):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    path = run / "eval.png"
+    figure.savefig(path, dpi=150)
+    return path

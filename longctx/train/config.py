@@ -1,0 +1,177 @@
+"""What a run is: one frozen dataclass per concern, all of it in the run's `config.json`."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+from longctx.data.config import DataConfig
+from longctx.errors import UserError
+from longctx.models import ModelConfig
+from longctx.parallel.mesh import MeshConfig
+from longctx.train.serialize import from_json, to_json
+
+CONFIG_FILE = "config.json"
+
+
+class RunError(UserError):
+    """A run cannot start or go on; the message says where it stands."""
+
+
+type Tracker = Literal["tensorboard", "wandb"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, cosine decay and clipping by the global norm."""
+
+    # Peak learning rate.
+    learning_rate: float = 6e-4
+    # Learning rate of the last step, as a fraction of the peak.
+    final_fraction: float = 0.1
+    # Steps of linear warm-up from zero.
+    warmup_steps: int = 100
+    # Decay of the mean of the gradients.
+    beta1: float = 0.9
+    # Decay of the mean of their squares.
+    beta2: float = 0.95
+    # Added to the root of the squares' mean.
+    epsilon: float = 1e-8
+    # Decoupled weight decay, of matrices only.
+    weight_decay: float = 0.1
+    # Largest global norm of the gradient.
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError("optim.learning_rate and optim.clip_norm must be positive")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps={self.warmup_steps} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how often, what is kept."""
+
+    # Optimizer steps.
+    steps: int = 1000
+    # Seed of the initial parameters and of whatever the model draws.
+    seed: int = 0
+    # Slices into which a batch is cut; their gradients are added before the update.
+    accumulation: int = 1
+    # Steps between two records of metrics.
+    log_every: int = 10
+    # Steps between two checkpoints; the last step is always saved.
+    checkpoint_every: int = 1000
+    # Newest checkpoints that stay on disk.
+    checkpoints_kept: int = 2
+    # FIRST:LAST, the steps of which a jax profiler trace is written; empty for none.
+    profile: str = ""
+    # Where metrics go besides metrics.jsonl; each needs the extra of its name.
+    trackers: tuple[Tracker, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "checkpoint_every", "checkpoints_kept"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        first, last = self.profile_steps
+        if self.profile and not 1 <= first <= last <= self.steps:
+            raise ValueError(
+                f"train.profile={self.profile} must satisfy 1 <= FIRST <= LAST <= {self.steps}"
+            )
+
+    @property
+    def profile_steps(self) -> tuple[int, int]:
+        """First and last step of the profiler trace; (0, 0) without one."""
+        if not self.profile:
+            return 0, 0
+        first, colon, last = self.profile.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal()):
+            raise ValueError(f"train.profile={self.profile!r} must be FIRST:LAST, two step numbers")
+        return int(first), int(last)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The held-out score during training."""
+
+    # Steps between two held-out scores; 0 for one at the end only.
+    every: int = 0
+    # Held-out tokens behind each score, at the training length.
+    tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.tokens < 1:
+            raise ValueError("eval.every must not be negative, eval.tokens must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run. An ablation is `dataclasses.replace(base, ...)`."""
+
+    model: ModelConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        shards = self.mesh.data * self.mesh.fsdp * self.train.accumulation
+        if self.data.batch_size % shards:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} must divide by mesh.data x mesh.fsdp x "
+                f"train.accumulation = {shards}"
+            )
+        if self.data.sequence_length % self.mesh.seq:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} must divide by "
+                f"mesh.seq={self.mesh.seq}"
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must not exceed "
+                f"train.steps={self.train.steps}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens behind one optimizer step."""
+        return self.data.batch_size * self.data.sequence_length
+
+
+def claim_directory(config: RunConfig, out: pathlib.Path) -> None:
+    """Make `out` the directory of this run and write its config.json.
+
+    The schedule of a run may be changed when it is resumed, what it is made of may not.
+
+    Raises:
+      RunError: `out` holds a run with another model, data or optimizer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / CONFIG_FILE).exists():
+        started = read_config(out)
+        for part in ("model", "data", "optim"):
+            old, new = vars(getattr(started, part)), vars(getattr(config, part))
+            changed = [f"{part}.{n} {old[n]} -> {new[n]}" for n in new if old[n] != new[n]]
+            if changed:
+                raise RunError(
+                    f"{out} was started with other values ({', '.join(changed)}): "
+                    "take them back or choose another --out"
+                )
+    (out / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+
+def read_config(out: pathlib.Path) -> RunConfig:
+    """The configuration of the run in `out`.
+
+    Raises:
+      RunError: `out` is not a run, or not one of this version.
+    """
+    path = out / CONFIG_FILE
+    if not path.is_file():
+        raise RunError(f"{out} is not a run: it has no {CONFIG_FILE}")
+    try:
+        return from_json(RunConfig, json.loads(path.read_text()))
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error

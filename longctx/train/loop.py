@@ -1,0 +1,127 @@
+"""The training loop: a jitted step, a state, and what must happen around them."""
+
+import pathlib
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from longctx.data.pipeline import load_corpus, train_batches
+from longctx.eval.score import make_scorer
+from longctx.parallel.mesh import make_mesh
+from longctx.train.checkpoint import Checkpoints
+from longctx.train.config import RunConfig, RunError, claim_directory
+from longctx.train.meter import Meter
+from longctx.train.metrics import Record, forget_after, open_sinks
+from longctx.train.plot import plot_loss
+from longctx.train.profiler import Profiler
+from longctx.train.progress import ProgressView
+from longctx.train.step import (
+    TrainState,
+    abstract_state,
+    create_state,
+    make_train_step,
+    model_graph,
+    put_batch,
+)
+from longctx.train.stop import StopSignal
+
+
+def train(config: RunConfig, out: pathlib.Path) -> None:
+    """Run `config` to its last step in the directory `out`, resuming what `out` already holds.
+
+    Writes config.json, metrics.jsonl, loss.png and checkpoints/ there.
+
+    Raises:
+      DataError: the data cannot serve the run.
+      RunError: `out` holds another run, none of its checkpoints can be read, a loss is not finite,
+        or there are too few devices.
+      SystemExit: a signal asked the run to stop; everything is saved.
+    """
+    try:
+        mesh = make_mesh(config.mesh)
+    except ValueError as error:
+        raise RunError(f"mesh: {error}") from error
+    with jax.set_mesh(mesh), StopSignal() as stop:
+        run = _Run(config, out, mesh)
+        try:
+            run.steps(stop)
+        finally:
+            run.close()
+
+
+class _Run:
+    """A run in progress: its state, and everything that reads or writes it."""
+
+    def __init__(self, config: RunConfig, out: pathlib.Path, mesh: Mesh) -> None:
+        self._config, self._out, self._mesh = config, out, mesh
+        vocab_size, length = config.model.vocab_size, config.data.sequence_length
+        corpus = load_corpus(config.data, "train", vocab_size=vocab_size)
+        held_out = load_corpus(config.data, "valid", vocab_size=vocab_size)
+        self._batches = train_batches(
+            corpus, config.data, process=jax.process_index(), processes=jax.process_count()
+        )
+        self._score = make_scorer(
+            model_graph(config), held_out, length, tokens=config.eval.tokens, mesh=mesh
+        )
+        claim_directory(config, out)
+        self._checkpoints = Checkpoints(out / "checkpoints", keep=config.train.checkpoints_kept)
+        self.done, self.state = self._restore_or_create()
+        forget_after(out / "metrics.jsonl", self.done)
+        self._view = ProgressView(config.train.steps, self.done)
+        self._sinks = [*open_sinks(out, config.train.trackers), self._view]
+        self._meter = Meter(config, corpus.bytes_per_token, self._sinks, self._checkpoints)
+        self._profiler = Profiler(out, *config.train.profile_steps)
+
+    def _restore_or_create(self) -> tuple[int, TrainState]:
+        target = abstract_state(self._config, self._mesh)
+        found = self._checkpoints.restore(target, self._batches)
+        if found is None:
+            return 0, create_state(self._config, self._mesh)
+        print(f"resuming {self._out} after step {int(found.step)}")
+        return int(found.step), found
+
+    def steps(self, stop: StopSignal) -> None:
+        """Take the steps that are left, or fewer if `stop` says so."""
+        train, every = self._config.train, self._config.eval.every
+        advance = make_train_step(self._config)
+        for step in range(self.done + 1, train.steps + 1):
+            self._profiler.before(step)
+            batch = next(self._batches)
+            self.state, metrics = advance(self.state, put_batch(batch, self._mesh))
+            self._meter.push(step, metrics, batch["index"])
+            self._profiler.after(step, metrics)
+            if step == train.steps or (every and step % every == 0):
+                self._evaluate(step)
+            if step == train.steps or step % train.checkpoint_every == 0:
+                self._save(step)
+            if step < train.steps and stop.after(step):
+                self._save(step)
+                self._view.say(f"stopped by a signal after step {step}; the same command resumes")
+                raise SystemExit(stop.exit_code)
+
+    def _evaluate(self, step: int) -> None:
+        self._meter.pause()
+        began = time.perf_counter()
+        score = self._score(self.state.params, self.state.rest)
+        record: Record = {
+            "step": step,
+            "valid_bits_per_byte": score.bits_per_byte,
+            "valid_tokens": score.tokens,
+            "valid_seconds": time.perf_counter() - began,
+        }
+        for sink in self._sinks:
+            sink.write(record)
+
+    def _save(self, step: int) -> None:
+        self._meter.pause()  # also makes sure that a state with a NaN is never saved
+        if self._checkpoints.last_saved != step:
+            self._checkpoints.save(step, self.state, self._batches)
+
+    def close(self) -> None:
+        """Finish writing, and draw the loss curve."""
+        for sink in self._sinks:
+            sink.close()
+        self._checkpoints.close()
+        curve = plot_loss(self._out)
+        self._view.say(f"checkpoints in {self._checkpoints.directory}, loss curve in {curve}")

@@ -1,0 +1,32 @@
+"""The loss curve of a run, from its metrics.jsonl alone."""
+
+import pathlib
+
+from longctx.train.metrics import read_metrics
+
+
+def plot_loss(out: pathlib.Path) -> pathlib.Path | None:
+    """Draw `out/loss.png`: training and held-out bits per byte over steps.
+
+    Returns:
+      The path, or None when nothing was recorded yet.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed once per run
+
+    records = read_metrics(out / "metrics.jsonl")
+    if not records:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title=out.name)
+    for field, label, marker in (
+        ("bits_per_byte", "training", ""),
+        ("valid_bits_per_byte", "held out", "o"),
+    ):
+        points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = out / "loss.png"
+    figure.savefig(path, dpi=150)
+    return path

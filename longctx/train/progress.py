@@ -1,0 +1,64 @@
+"""What a person sees while a run trains: a live bar on a terminal, a line per record elsewhere."""
+
+import datetime
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longctx.train.metrics import Record
+
+
+class ProgressView:
+    """A sink that shows records on the console.
+
+    The time remaining counts from the step at which this process started, so that a resumed run
+    shows what is left of it.
+    """
+
+    def __init__(self, steps: int, first: int) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._bar = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=first, numbers="compiling")
+        self._bar.start()
+
+    def say(self, message: str) -> None:
+        """Print a message above the bar."""
+        self.console.print(message, markup=False)
+
+    def write(self, record: Record) -> None:
+        """Show the newest numbers."""
+        step = int(record["step"] or 0)
+        numbers = describe(record)
+        if "loss" in record and self.console.is_terminal:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        else:
+            left = record.get("eta_seconds")
+            eta = "" if left is None else f"  ETA {datetime.timedelta(seconds=round(left))}"
+            self.say(f"step {step}/{self._steps}  {numbers}{eta}")
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        self._bar.stop()
+
+
+def describe(record: Record) -> str:
+    """The numbers of a record that a person watches, in one line."""
+    formats = {
+        "loss": "loss {:.4f} nats",
+        "bits_per_byte": "{:.3f} bits/byte",
+        "valid_bits_per_byte": "held out {:.3f} bits/byte",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "model_tflops_per_second": "{:.2f} TFLOP/s",
+        "mfu": "MFU {:.1%}",
+    }
+    shown = [form.format(record[n]) for n, form in formats.items() if record.get(n) is not None]
+    return "  ".join(shown)

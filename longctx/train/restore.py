@@ -1,0 +1,45 @@
+"""A trained run, ready to be evaluated or to generate."""
+
+import dataclasses
+import pathlib
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from longctx.models import Decoder
+from longctx.parallel.mesh import make_mesh
+from longctx.train.checkpoint import Checkpoints
+from longctx.train.config import RunConfig, RunError, read_config
+from longctx.train.step import abstract_state, model_graph
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """The newest readable checkpoint of a run."""
+
+    config: RunConfig
+    step: int
+    graph: nnx.GraphDef
+    params: nnx.State
+    rest: nnx.State
+
+    @property
+    def model(self) -> Decoder:
+        """The model with its trained parameters."""
+        return nnx.merge(self.graph, self.params, self.rest)
+
+
+def load_run(run: pathlib.Path, mesh: Mesh | None = None) -> LoadedRun:
+    """Load configuration and model of the run in directory `run`, onto `mesh` (default: 1 device).
+
+    Raises:
+      RunError: `run` is not a run, or has no checkpoint that can be read.
+    """
+    config = read_config(run)
+    checkpoints = Checkpoints(run / "checkpoints")
+    found = checkpoints.restore_model(abstract_state(config, mesh or make_mesh()))
+    checkpoints.close()
+    if found is None:
+        raise RunError(f"{run} has no checkpoint yet")
+    step, params, rest = found
+    return LoadedRun(config, step, model_graph(config), params, rest)
