@@ -47,10 +47,8 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(cast, tree)
 
 
-def value_and_gradients(
-    function: Callable[..., Any], args: Sequence[Any], wrt: Sequence[int], cotangent: Any
-) -> tuple[Any, tuple[Any, ...]]:
-    """Value of `function(*args)` and its pull-back of `cotangent` to `args[wrt]`, in one jit."""
+def pullback_of(function: Callable[..., Any], wrt: Sequence[int]) -> Callable[..., Any]:
+    """Jitted `(args, cotangent) -> (value, pull-back of the cotangent to args[wrt])`."""
 
     def run(args: Sequence[Any], cotangent: Any) -> tuple[Any, tuple[Any, ...]]:
         def of_wrt(*some: Any) -> Any:
@@ -62,7 +60,14 @@ def value_and_gradients(
         out, pullback = jax.vjp(of_wrt, *(args[i] for i in wrt))
         return out, pullback(cotangent)
 
-    return jax.jit(run)(tuple(args), cotangent)
+    return jax.jit(run)
+
+
+def value_and_gradients(
+    function: Callable[..., Any], args: Sequence[Any], wrt: Sequence[int], cotangent: Any
+) -> tuple[Any, tuple[Any, ...]]:
+    """Value of `function(*args)` and its pull-back of `cotangent` to `args[wrt]`, in one jit."""
+    return pullback_of(function, wrt)(tuple(args), cotangent)
 
 
 def check_op(
@@ -82,8 +87,8 @@ def check_op(
     must agree bit for bit.
     """
     cotangent = random_like(jax.eval_shape(function, *args), jax.random.key(seed))
-    out, grads = value_and_gradients(function, args, wrt, cotangent)
-    again = value_and_gradients(function, args, wrt, cotangent)
+    run = pullback_of(function, wrt)
+    (out, grads), again = run(tuple(args), cotangent), run(tuple(args), cotangent)
     for a, b in zip(jax.tree.leaves((out, grads)), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg="two runs differ")
     for i, g in zip(wrt, grads, strict=True):

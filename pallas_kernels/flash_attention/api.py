@@ -76,7 +76,7 @@ def flash_attention(
     2307.08691 (backward), 2306.01160 (intervals); the derivation is in the family's README.
     """
     lo, hi = _intervals(q, k, lo, hi)
-    spec = _spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     call = _call(spec, backend, tiles)
     axes = varying_axes(q, k, v, lo, hi)
     o, lse = _attend(call, *unify_varying((q, k, v, lo, hi), axes))
@@ -106,7 +106,7 @@ def block_forward(
     keys of all hops so far, concatenated. Not differentiable: see `block_backward`.
     """
     lo, hi = _intervals(q, k, lo, hi)
-    spec = _spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     spec = dataclasses.replace(spec, out_dtype=spec.wide)
     return _run("fwd", _call(spec, backend, tiles), q, k, v, lo, hi, carry)
 
@@ -138,7 +138,7 @@ def block_backward(
     dtype of q, k and v.
     """
     lo, hi = _intervals(q, k, lo, hi)
-    spec = _spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     spec = dataclasses.replace(spec, out_dtype=spec.wide)
     args = (q, k, v, lo, hi, do, lse, delta, accumulate)
     return _run("bwd", _call(spec, backend, tiles), *args)
@@ -158,6 +158,7 @@ def _call(spec: Spec, backend: str, tiles: Any) -> _Call:
     return _Call(spec, backend, tiles)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))  # equal calls are traced and lowered once
 def _run(name: str, call: _Call, *args: Any) -> Any:
     axes = varying_axes(*jax.tree.leaves(args))
     args = unify_varying(args, axes)
@@ -216,18 +217,19 @@ def _intervals(
     return low, high
 
 
-def _spec(
+def make_spec(
     q: Array,
     k: Array,
     v: Array,
     lo: Array | None,
-    causal: bool,
-    window: int | None,
-    q_offset: int,
-    scale: float | None,
-    soft_cap: float | None,
-    deterministic: bool,
+    causal: bool = True,
+    window: int | None = None,
+    q_offset: int = 0,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    deterministic: bool = False,
 ) -> Spec:
+    """The checked `Spec` of a call, by the arguments of `flash_attention`."""
     batch, q_length, q_heads, key_width = q.shape
     _, kv_length, kv_heads, _ = k.shape
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:

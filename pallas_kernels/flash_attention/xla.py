@@ -72,7 +72,7 @@ def fwd(
         o = jnp.moveaxis(o, 3, 1).astype(spec.out_dtype)
         return walk.join_heads(o), lse.reshape(spec.batch, spec.q_heads, walk.tiles.q)
 
-    o, lse = lax.map(row_tile, jnp.arange(walk.count))
+    o, lse = lax.map(row_tile, jnp.arange(walk.count, dtype=jnp.int32))
     return walk.join_rows(o), walk.join_rows(lse, axis=2)
 
 
@@ -130,7 +130,7 @@ def bwd(
         dq = walk.join_heads(dq)
         return tuple(dk_v), dq if accumulate is not None else dq.astype(spec.dtype)
 
-    dk_v, dq = lax.scan(row_tile, dk_v, jnp.arange(walk.count))
+    dk_v, dq = lax.scan(row_tile, dk_v, jnp.arange(walk.count, dtype=jnp.int32))
     dq, (dk, dv) = walk.join_rows(dq), (x[:, : spec.kv_length] for x in dk_v)
     if accumulate is not None:
         return accumulate[0] + dq, dk, dv
@@ -186,7 +186,7 @@ class _Walk:
         """The limits of row tile `i`, `[b, K, G, tile, 1]` with ones where they are shared."""
         rows = i * self.tiles.q + jnp.arange(self.tiles.q, dtype=jnp.int32)
         lo, hi = (None if x is None else self.rows_at(x, i, 2) for x in (self.lo, self.hi))
-        low, high = row_limits(self.spec, rows.astype(jnp.int32), lo, hi)
+        low, high = row_limits(self.spec, rows, lo, hi)
         return self.grouped(low)[..., None], self.grouped(high)[..., None]
 
     def product(self, equation: str, a: Array, b: Array) -> Array:
