@@ -1,31 +1,15 @@
-"""Timing of jitted functions, and rows of results that say where they come from."""
+"""Timing of jitted functions."""
 
-import datetime
-import importlib.metadata
-import json
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-VERSIONS_OF = (
-    "jax",
-    "jaxlib",
-    "jax-cuda13-plugin",
-    "libtpu",
-    "torch",
-    "triton",
-    "tokamax",
-    "flash-linear-attention",
-    "nvidia-cudnn-cu13",
-)
+from longctx.provenance import device_info, read_rows, write_rows
+
+__all__ = ["device_info", "read_rows", "time_ms", "write_rows"]
 
 
 def time_ms(
@@ -53,39 +37,3 @@ def time_ms(
 
     calls = max(1, int(batch_ms / batch(3)))
     return statistics.median(batch(calls) for _ in range(batches))
-
-
-def device_info() -> dict[str, Any]:
-    """The device, its driver, and the versions of what runs on it."""
-    device = jax.devices()[0]
-    driver = None
-    if device.platform == "gpu" and shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
-    versions = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "device_count": jax.device_count(),
-        "driver": driver,
-        "versions": versions,
-    }
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSONL, each with the command, the date and `device_info()`."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {module.name}" if module else sys.argv[0]
-    origin = {
-        "command": " ".join(["python", program, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **device_info(),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as f:
-        f.writelines(json.dumps({**row, **origin}) + "\n" for row in rows)

@@ -1,7 +1,7 @@
 """Named architectures: TransNormerLLM, the Transformer beside it, GPT-2, hybrids."""
 
 from longctx.models.config import LightningConfig, MlpConfig, ModelConfig, SoftmaxConfig
-from longctx.models.decoder import Decoder, build
+from longctx.models.decoder import Decoder, build, count_parameters
 from longctx.models.named import BYTE_VOCAB, MODELS, tnl, transformer, without_gate
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ModelConfig",
     "SoftmaxConfig",
     "build",
+    "count_parameters",
     "tnl",
     "transformer",
     "without_gate",

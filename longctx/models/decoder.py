@@ -3,6 +3,7 @@
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -195,3 +196,9 @@ def _log_decay(config: ModelConfig) -> Float[Array, "L H"]:
 def build(config: ModelConfig, *, rngs: nnx.Rngs, axes: Axes = DEFAULT_AXES) -> Decoder:
     """The model that `config` describes, with random parameters."""
     return Decoder(config, axes=axes, rngs=rngs)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """How many parameters the model has; nothing is allocated."""
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))

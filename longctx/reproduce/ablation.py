@@ -1,0 +1,220 @@
+"""Ablations: the arms of one base run, trained at a scale, their differences beside the paper's."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longctx.models import count_parameters
+from longctx.reproduce.experiment import Row
+from longctx.train.config import RunConfig
+from longctx.train.loop import train
+from longctx.train.metrics import read_metrics
+from longctx.train.serialize import to_json
+
+SCALES = ("smoke", "small", "paper")
+
+
+def _same(run: RunConfig) -> RunConfig:
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One row of a table: what it changes in the base run, and what the paper measured."""
+
+    paper: float | None = None
+    change: Callable[[RunConfig], RunConfig] = _same
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """A table of arms, each the base run with one change.
+
+    Attributes:
+      title: what is compared.
+      source: where the paper says so: arXiv number and table.
+      paper_unit: of the arms' `paper` numbers.
+      base: the arm to which the others are compared.
+      arms: by name, in the order of the table.
+      scales: the base run at each scale.
+      seeds: how many seeds the base arm has at each scale; the others have one.
+    """
+
+    title: str
+    source: str
+    paper_unit: str
+    base: str
+    arms: Mapping[str, Arm]
+    scales: Mapping[str, RunConfig]
+    seeds: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"smoke": 1, "small": 3, "paper": 1}
+    )
+
+    def __post_init__(self) -> None:
+        if self.base not in self.arms:
+            raise ValueError(f"base={self.base!r} must be one of {sorted(self.arms)}")
+        if set(self.scales) != set(SCALES):
+            raise ValueError(f"scales={sorted(self.scales)} must be {sorted(SCALES)}")
+
+    def runs(self, scale: str) -> dict[str, RunConfig]:
+        """The run of each arm, with the first seed."""
+        if scale not in SCALES:
+            raise ValueError(f"{scale=} must be one of {', '.join(SCALES)}")
+        return {name: arm.change(self.scales[scale]) for name, arm in self.arms.items()}
+
+    def measure(self, scale: str, runs: Path) -> list[Row]:
+        """Train every arm, or find it among `runs` if it was trained before."""
+        rows = []
+        for name, config in self.runs(scale).items():
+            for seed in range(self.seeds[scale] if name == self.base else 1):
+                seeded = dataclasses.replace(
+                    config, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
+                )
+                rows.append({**self._origin(name, scale, seeded), **_trained(seeded, runs)})
+        return rows
+
+    def _origin(self, name: str, scale: str, config: RunConfig) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "source": self.source,
+            "base": self.base,
+            "scale": scale,
+            "arm": name,
+            "seed": config.train.seed,
+            "parameters": count_parameters(config.model),
+            "tokens": config.tokens_per_step * config.train.steps,
+            "paper": self.arms[name].paper,
+            "paper_unit": self.paper_unit,
+        }
+
+    def table(self, rows: Sequence[Row]) -> str:
+        """Differences from the base arm with their standard errors, in Markdown."""
+        lines = [
+            f"# {self.title} ({self.source})",
+            "",
+            f"Ours in bits per byte ({rows[0]['scale']} scale, {rows[0]['tokens']:,} tokens a run, "
+            f"{rows[0]['device']}), the paper's in {self.paper_unit}.",
+            "A difference below two standard errors is not resolved at this scale; where the base",
+            "was run with one seed there is no standard error.",
+            "",
+            "| arm | parameters | ours | difference from base | paper | paper's difference |",
+            "|---|---|---|---|---|---|",
+        ]
+        for result in compare(rows):
+            lines.append(
+                f"| {result.arm} | {result.parameters / 1e6:.1f}M | {result.mean:.4f} | "
+                f"{result.verdict} | {_number(result.paper)} | {_number(result.paper_difference)} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        """Our differences, with two standard errors, over the paper's."""
+        from matplotlib.figure import Figure  # slow to import
+
+        results = compare(rows)
+        figure = Figure(figsize=(7, 1.2 + 0.5 * len(results)), layout="constrained")
+        axes = figure.add_subplot(title=f"{self.title} ({self.source})")
+        places = range(len(results))
+        axes.errorbar(
+            [r.difference for r in results],
+            places,
+            xerr=[2 * (r.stderr or 0.0) for r in results],
+            fmt="o",
+            label=f"ours, bits per byte, {rows[0]['scale']} scale (2 standard errors)",
+        )
+        known = [(r.paper_difference, y) for r, y in zip(results, places, strict=True)]
+        known = [(x, y) for x, y in known if x is not None]
+        if known:
+            axes.plot(*zip(*known, strict=True), "D", mfc="none", label=f"paper, {self.paper_unit}")
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set_yticks(list(places), [r.arm for r in results])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"difference from {self.base!r} (to the right is worse)")
+        axes.legend(loc="best", fontsize="small")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One arm beside the base arm."""
+
+    arm: str
+    parameters: int
+    mean: float
+    difference: float
+    stderr: float | None
+    paper: float | None
+    paper_difference: float | None
+    is_base: bool
+
+    @property
+    def verdict(self) -> str:
+        """The difference with its standard error, if it stands out from it."""
+        if self.is_base:
+            return "base"
+        if self.stderr is None:
+            return f"{self.difference:+.4f}"
+        text = f"{self.difference:+.4f} ± {self.stderr:.4f}"
+        resolved = abs(self.difference) >= 2 * self.stderr
+        return text if resolved else f"not resolved at this scale ({text})"
+
+
+def compare(rows: Sequence[Row]) -> list[Result]:
+    """Every arm against the base arm.
+
+    The spread between seeds is taken from the base arm, whose n runs give the standard error
+    sd sqrt(1/n + 1/m) of a difference to an arm of m runs.
+    """
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["arm"], []).append(row["bits_per_byte"])
+    first = {row["arm"]: row for row in reversed(rows)}
+    base = rows[0]["base"]
+    n = len(scores[base])
+    spread = statistics.stdev(scores[base]) if n > 1 else None
+    results = []
+    for arm, values in scores.items():
+        paper, paper_base = first[arm]["paper"], first[base]["paper"]
+        known = paper is not None and paper_base is not None
+        results.append(
+            Result(
+                arm=arm,
+                parameters=first[arm]["parameters"],
+                mean=statistics.mean(values),
+                difference=statistics.mean(values) - statistics.mean(scores[base]),
+                stderr=None if spread is None else spread * math.sqrt(1 / n + 1 / len(values)),
+                paper=paper,
+                paper_difference=paper - paper_base if known else None,
+                is_base=arm == base,
+            )
+        )
+    return results
+
+
+def _trained(config: RunConfig, runs: Path) -> dict[str, Any]:
+    """The final score of a run; it is trained unless `runs` holds it already."""
+    digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:16]
+    out = runs / digest
+    record = _last_score(out, config.train.steps)
+    if record is None:
+        train(config, out)
+        record = _last_score(out, config.train.steps)
+        assert record is not None, f"{out} ended without a held-out score"
+    return {"run": digest, "bits_per_byte": record["valid_bits_per_byte"]}
+
+
+def _last_score(out: Path, step: int) -> Mapping[str, Any] | None:
+    if not (out / "metrics.jsonl").exists():
+        return None
+    scored = [r for r in read_metrics(out / "metrics.jsonl") if "valid_bits_per_byte" in r]
+    return scored[-1] if scored and scored[-1]["step"] == step else None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,81 @@
+"""The ablation tables: every arm differs from its base as the paper says; a smoke run works."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longctx.models import count_parameters
+from longctx.reproduce import Ablation, load
+from longctx.reproduce.ablation import compare
+from longctx.reproduce.command import reproduce
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "transnormer"
+FILES = sorted(p for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_arms_differ_from_the_base_and_say_what_the_paper_found(file):
+    experiment = load(file)
+    assert isinstance(experiment, Ablation)
+    for scale in ("smoke", "small", "paper"):
+        runs = experiment.runs(scale)
+        base = runs.pop(experiment.base)
+        assert base == experiment.scales[scale]
+        for name, run in runs.items():
+            assert run.model != base.model, name
+            assert (run.data, run.optim, run.train) == (base.data, base.optim, base.train), name
+    assert all(arm.paper is not None for arm in experiment.arms.values())
+
+
+# Parameters in millions that the paper prints, or that follow from its description.
+@pytest.mark.parametrize(
+    ("file", "arm", "millions"),
+    [
+        ("gating", "with gate", 385),
+        ("gating", "without gate", 379),
+        ("positional_encoding", "APE", 386),
+    ],
+)
+def test_parameter_counts_at_paper_scale(file, arm, millions):
+    experiment = load(FOLDER / f"{file}.py")
+    assert round(count_parameters(experiment.runs("paper")[arm].model) / 1e6) == millions
+
+
+def test_smoke_run_writes_rows_table_and_figure(tmp_path, capsys):
+    reproduce([str(FOLDER / "gating.py"), "--scale", "smoke", "--out", str(tmp_path)])
+    folder = tmp_path / "transnormer" / "gating" / "smoke"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [row["arm"] for row in rows] == ["with gate", "without gate"]
+    assert all(0 < row["bits_per_byte"] < 12 for row in rows)
+    assert rows[0]["bits_per_byte"] != rows[1]["bits_per_byte"]
+    assert {"command", "commit", "device", "versions", "date"} <= rows[0].keys()
+    assert "2.263" in capsys.readouterr().out
+    assert (folder / "figure.png").stat().st_size > 1000
+    before = (tmp_path / "runs").stat().st_mtime_ns
+    reproduce([str(FOLDER / "gating.py"), "--scale", "smoke", "--out", str(tmp_path)])
+    assert (tmp_path / "runs").stat().st_mtime_ns == before, "finished runs were trained again"
+
+
+def test_differences_and_their_standard_errors():
+    def row(arm, score, paper):
+        return {"arm": arm, "base": "a", "bits_per_byte": score, "paper": paper, "parameters": 1}
+
+    rows = [row("a", s, 1.0) for s in (2.0, 2.1, 2.2)]
+    rows += [row("b", 2.2, 1.5), row("c", 3.0, None)]
+    base, b, c = compare(rows)
+    assert base.verdict == "base"
+    assert b.difference == pytest.approx(0.1)
+    assert b.stderr == pytest.approx(0.1 * (1 / 3 + 1) ** 0.5)
+    assert b.paper_difference == pytest.approx(0.5)
+    assert b.verdict.startswith("not resolved at this scale")
+    assert c.paper_difference is None
+    assert c.verdict.startswith("+0.9")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="is not a file"):
+        load(tmp_path / "nothing.py")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="must define EXPERIMENT"):
+        load(tmp_path / "empty.py")
