@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train a named run, or resume it", "longctx.commands:train"),
     "eval": ("score a trained run by length and context", "longctx.commands:evaluate"),
     "generate": ("continue prompts with a trained run", "longctx.commands:generate"),
+    "reproduce": ("run experiments of the papers", "longctx.reproduce.command:reproduce"),
 }
 
 
@@ -60,13 +61,13 @@ def parse[Options](
     except SystemExit as end:
         if not end.code:
             raise
-        fail(f"{_first_paragraph(said.getvalue())} (see {PROGRAM} {command} --help)")
+        fail(f"{_first_paragraph(said.getvalue(), form.__name__)} (see {PROGRAM} {command} --help)")
     except ValueError as error:  # a rule of the outermost dataclass, which tyro lets through
         fail(str(error))
 
 
-def _first_paragraph(box: str) -> str:
+def _first_paragraph(box: str, form: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines()]
     inside = [line for line in lines if line and line[0] != "╭"]
     end = next((i for i, line in enumerate(inside) if line[0] in "─╰"), len(inside))
-    return " ".join(inside[:end])
+    return " ".join(inside[:end]).removeprefix(f"Error parsing {form}: ")
