@@ -4,13 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
-import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from longctx.parallel.gather import gather_attention
 from longctx.parallel.layout import Kind, Layout, as_layout
-from longctx.parallel.mesh import BATCH, shard_operator
+from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.ring import ring_attention
 from longctx.parallel.shards import Shards
 from longctx.parallel.ulysses import kv_copies, ulysses_attention
@@ -88,11 +87,11 @@ def context_attention(
         )
     if not causal and (window is not None or doc_start is not None):
         raise ValueError("a window and doc_start need causal=True")
-    devices, inside = _axis(axis)
+    devices, inside = sequence_axis(axis)
     length = q.shape[1] * devices if inside else q.shape[1]
     layout = as_layout(layout, devices)
     layout.check(length, devices)
-    split = 1 if inside else _axis_size(head_axis)
+    split = free_size(head_axis)
     if k.shape[2] % split or q.shape[2] % k.shape[2]:
         raise ValueError(
             f"{q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads, and "
@@ -126,26 +125,6 @@ def context_attention(
     )
     o, lse = operator(q, k, v, doc_start)
     return (o, lse) if return_lse else o
-
-
-def _axis(axis: str) -> tuple[int, bool]:
-    """Devices along `axis`, and whether we are inside a shard_map over it; (1, False) if no mesh.
-
-    Raises:
-      ValueError: there is a mesh, and it lacks the axis.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1, False
-    if axis not in mesh.axis_names:
-        raise ValueError(f"{axis=} is not an axis of the mesh in use, {mesh.axis_names}")
-    return mesh.shape[axis], axis in mesh.manual_axes
-
-
-def _axis_size(axis: str | None) -> int:
-    """Devices along `axis` over which arrays are still global."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if axis in mesh.manual_axes else mesh.shape.get(axis, 1)
 
 
 def _check_strategy(strategy: str, layout: Layout, devices: int, heads: int, kv_heads: int) -> None:

@@ -122,3 +122,25 @@ def shard_operator[Out](
         )
 
     return call
+
+
+def sequence_axis(axis: str) -> tuple[int, bool]:
+    """Devices along `axis`, and whether we are inside a shard_map over it.
+
+    Without a mesh the sequence lies on one device: (1, False).
+
+    Raises:
+      ValueError: there is a mesh, and it lacks the axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, False
+    if axis not in mesh.axis_names:
+        raise ValueError(f"{axis=} is not an axis of the mesh in use, {mesh.axis_names}")
+    return mesh.shape[axis], axis in mesh.manual_axes
+
+
+def free_size(axis: str | None) -> int:
+    """Devices over which `shard_operator` would split an array dimension named `axis`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if axis is None or axis in mesh.manual_axes else mesh.shape.get(axis, 1)

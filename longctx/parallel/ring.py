@@ -75,6 +75,8 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
     q, k, v, doc_start, o, lse = saved
     do, dlse = cotangents
     batch, width = q.shape[0], k.shape[-1]
+    # Else XLA may keep what arrived in the forward for the backward: a second shard of keys.
+    k, v, do, lse = lax.optimization_barrier((k, v, do, lse))
     delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
     rows = _Rows(q, do, lse, delta)
     own = shards.own_block(batch, doc_start)

@@ -1,0 +1,245 @@
+"""Linear attention over a sharded sequence: only states cross devices, whatever the length.
+
+Every rank's tokens are one run of the sequence (contiguous) or two (zigzag), h tokens each. With
+S_j the state that run j alone leaves behind, D_j what its rows alone send back to its initial
+state, e_j the position at which it ends, and d_j the first position of its last token's document:
+
+    state into run i        sum_{j < i} w_ij S_j     w_ij = exp(log_decay)^(h (i - 1 - j))
+    cotangent out of run j  sum_{i > j} w_ij D_i             where d_{i-1} < e_j, else 0
+
+so one exchange of states suffices each way: LASP-2 (arXiv 2502.07563) with decay and documents.
+Striped ranks are refused: what one of them owes another is not a product with any state, since
+their tokens interleave and every pair has its own decay.
+"""
+
+import functools
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from longctx.parallel.layout import Kind, Layout, as_layout
+from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
+from pallas_kernels._pallas import unify_varying, varying_axes
+from pallas_kernels.lightning_attention import lightning_attention, lightning_state
+
+Exchange = Literal["all_gather", "ring"]
+
+
+def context_lightning(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H E"],
+    log_decay: Float[Array, "H"],
+    *,
+    strategy: Exchange = "all_gather",
+    layout: Layout | Kind = "contiguous",
+    doc_start: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+    axis: str = "seq",
+    batch_axes: tuple[str, ...] = BATCH,
+    head_axis: str | None = "tensor",
+) -> Float[Array, "B T H E"]:
+    """`lightning_attention` whose sequence is sharded over the mesh axis `axis`.
+
+    Communicates B H D E float32 per run and direction, independent of T. Call it as
+    `context_attention`, with the tokens in the order of `layout`.
+
+    Args:
+      strategy: how states are exchanged, by one all-gather (LASP-2) or in P - 1 hops.
+      layout: "contiguous" or "zigzag"; a name means one rank per device along `axis`.
+      doc_start: position of the first token of each token's document, laid out as the tokens
+        are (its values are positions, not slots).
+      backend: as in `lightning_attention`.
+      axis: mesh axis along the sequence.
+      batch_axes: mesh axes along the batch, for global arrays.
+      head_axis: mesh axis along the heads, for global arrays.
+
+    Raises:
+      ValueError: shapes, layout or axes do not fit together, or the layout is striped.
+    """
+    if strategy not in get_args(Exchange):
+        raise ValueError(f"{strategy=} must be one of {get_args(Exchange)}")
+    if q.ndim != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q, k, v must be [B, T, H, D], [B, T, H, D], [B, T, H, E], "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    devices, inside = sequence_axis(axis)
+    length = q.shape[1] * devices if inside else q.shape[1]
+    layout = as_layout(layout, devices)
+    layout.check(length, devices)
+    if layout.kind == "striped" and not layout.in_order:
+        raise ValueError(
+            f"{layout}: linear attention needs runs of successive tokens, since the decay "
+            "between two striped ranks differs for every pair of tokens: use zigzag or contiguous"
+        )
+    if q.shape[2] % free_size(head_axis):
+        raise ValueError(f"{q.shape[2]} heads must be a multiple of the devices along {head_axis=}")
+    call = _Call(strategy, axis, devices, layout, length, backend)
+    tokens = P(batch_axes, axis)
+    rows = P(batch_axes, axis, head_axis, None)
+    operator = shard_operator(
+        functools.partial(_whole if devices == 1 else _sharded, call),
+        (rows, rows, rows, P(head_axis), tokens),
+        rows,
+    )
+    return operator(q, k, v, log_decay, doc_start)
+
+
+class _Call(NamedTuple):
+    """What is static: the exchange, and how the sequence is cut into runs."""
+
+    strategy: Exchange
+    axis: str
+    devices: int
+    layout: Layout
+    length: int
+    backend: str
+
+    @property
+    def runs(self) -> int:
+        """Runs of successive tokens on each device."""
+        return 1 if self.layout.in_order else 2
+
+    @property
+    def run(self) -> int:
+        """Tokens in a run."""
+        return self.length // (self.devices * self.runs)
+
+    def numbers(self) -> Int[np.ndarray, "P n"]:
+        """Number, in position order, of every device's runs."""
+        first = self.layout.order(self.length)[:: self.run]
+        return (first // self.run).reshape(self.devices, self.runs)
+
+    def split(self, x: Array) -> Array:
+        """[B, T, ...] as one batch row per run, [B n, h, ...]."""
+        return x.reshape(x.shape[0] * self.runs, self.run, *x.shape[2:])
+
+    def by_run(self, state: Array) -> Array:
+        """[B n, H, D, E] as [n, B, H, D, E]."""
+        return jnp.moveaxis(state.reshape(-1, self.runs, *state.shape[1:]), 1, 0)
+
+    def flat(self, state: Array) -> Array:
+        """The inverse of `by_run`."""
+        return jnp.moveaxis(state, 0, 1).reshape(-1, *state.shape[2:])
+
+
+def _whole(
+    call: _Call, q: Array, k: Array, v: Array, log_decay: Array, doc_start: Array | None
+) -> Array:
+    return lightning_attention(q, k, v, log_decay, doc_start=doc_start, backend=call.backend)
+
+
+def _sharded(
+    call: _Call, q: Array, k: Array, v: Array, log_decay: Array, doc_start: Array | None
+) -> Array:
+    """Split into runs, with documents counted from each run's first token."""
+    numbers, documents = jnp.asarray(call.numbers()), None
+    mine = numbers[lax.axis_index(call.axis)]
+    if doc_start is not None:
+        last = call.split(doc_start)[:, -1].reshape(-1, call.runs)
+        gathered = lax.all_gather(last, call.axis).swapaxes(1, 2)  # [P, n, B]
+        order = np.argsort(call.numbers().reshape(-1))
+        documents = gathered.reshape(-1, gathered.shape[2])[order]
+        starts = jnp.tile(mine * call.run, q.shape[0])[:, None]
+        doc_start = call.split(doc_start) - starts
+    arrays = (*map(call.split, (q, k, v)), log_decay, doc_start, documents)
+    axes = varying_axes(*arrays) | {call.axis}
+    return _attend(call, *unify_varying(arrays, axes)).reshape(v.shape)
+
+
+def _weights(
+    call: _Call, log_decay: Array, documents: Array | None, to: Array, source: Array
+) -> Float[Array, "n m B H"]:
+    """w_ij of the runs `to` (n) and `source` (m); B is 1 without documents."""
+    to, source = to[:, None], source[None, :]
+    steps = jnp.maximum(to - 1 - source, 0) * call.run
+    weights = jnp.exp(steps[..., None] * log_decay[None, None])[:, :, None]
+    seen = (source < to)[..., None]
+    if documents is not None:
+        seen &= documents[jnp.maximum(to - 1, 0)] < ((source + 1) * call.run)[..., None]
+    return jnp.where(seen[..., None], weights, 0)
+
+
+def _exchange(call: _Call, local: Float[Array, "n B H D E"], weigh) -> Float[Array, "n B H D E"]:
+    """Sum over all runs j of `weigh(numbers of some runs)` times their `local` states."""
+    numbers = jnp.asarray(call.numbers())
+
+    def weighted(source: Array, states: Array) -> Array:
+        return jnp.einsum("nmBH,mBHDE->nBHDE", weigh(source), states, precision="highest")
+
+    if call.strategy == "all_gather":
+        states = lax.all_gather(local, call.axis, tiled=True)
+        return weighted(numbers.reshape(-1), states)
+    rank, total = lax.axis_index(call.axis), jnp.zeros_like(local)
+    onwards = [(p, (p + 1) % call.devices) for p in range(call.devices)]
+    for hop in range(call.devices):
+        total += weighted(numbers[(rank - hop) % call.devices], local)
+        if hop + 1 < call.devices:
+            local = lax.ppermute(local, call.axis, onwards)
+    return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, q, k, v, log_decay, doc_start, documents):
+    return _attend_fwd(call, q, k, v, log_decay, doc_start, documents)[0]
+
+
+def _attend_fwd(call: _Call, q, k, v, log_decay, doc_start, documents):
+    mine = jnp.asarray(call.numbers())[lax.axis_index(call.axis)]
+    local = lightning_state(k, v, log_decay, doc_start=doc_start, backend=call.backend)
+    rate = log_decay.astype(local.dtype)
+    state = call.flat(
+        _exchange(
+            call, call.by_run(local), lambda source: _weights(call, rate, documents, mine, source)
+        )
+    )
+    o = lightning_attention(
+        q, k, v, log_decay, state=state, doc_start=doc_start, backend=call.backend
+    )
+    return o, (q, k, v, log_decay, doc_start, documents, state)
+
+
+def _attend_bwd(call: _Call, saved, do):
+    q, k, v, log_decay, doc_start, documents, state = saved
+    mine = jnp.asarray(call.numbers())[lax.axis_index(call.axis)]
+    rate = log_decay.astype(state.dtype)
+    local = _initial_cotangent(call, q, do, rate, doc_start)
+
+    def weigh(source: Array) -> Array:  # the transpose: from the runs `source` back to mine
+        return jnp.swapaxes(_weights(call, rate, documents, source, mine), 0, 1)
+
+    dfinal = call.flat(_exchange(call, call.by_run(local), weigh))
+
+    def attend(q, k, v, log_decay):
+        return lightning_attention(
+            q, k, v, log_decay,
+            state=state, doc_start=doc_start, return_state=True, backend=call.backend,
+        )  # fmt: skip
+
+    return *jax.vjp(attend, q, k, v, log_decay)[1]((do, dfinal)), None, None
+
+
+def _initial_cotangent(
+    call: _Call, q: Array, do: Array, rate: Array, doc_start: Array | None
+) -> Float[Array, "Bn H D E"]:
+    """D_j = sum over the rows r = 1 .. h that see the initial state of exp(rate r) q_r do_r^T."""
+    rows = jnp.arange(1, call.run + 1, dtype=rate.dtype)
+    weight = jnp.exp(rows[:, None] * rate[None])[None, :, :, None]
+    if doc_start is not None:
+        weight = jnp.where((doc_start < 0)[:, :, None, None], weight, 0)
+    return jnp.einsum(
+        "BTHD,BTHE->BHDE",
+        (weight * q.astype(rate.dtype)).astype(q.dtype),
+        do,
+        precision="highest" if q.dtype == rate.dtype else None,
+        preferred_element_type=rate.dtype,
+    )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

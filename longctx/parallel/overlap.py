@@ -1,0 +1,191 @@
+"""Does communication hide behind compute? Read from a compiled program's schedule.
+
+Experimental: it reads the text of scheduled HLO, which XLA may change. A schedule proves the
+order of events, not their duration: that every move *can* hide, not that the compute is longer.
+No accelerator is needed, a program compiled ahead of time for a TPU or GPU will do.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+_BITS = {"pred": 8, "bf16": 16}
+# Work that can hide a move: matrix products and kernels, wherever they are nested.
+_KERNELS = ("tpu_custom_call", "mosaic_gpu", "triton", "cudnn", "cublas", "__gpu$")
+_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) "
+    r"(?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
+)
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """One collective, and what is computed between its start and its end."""
+
+    kind: str
+    name: str
+    bytes: int
+    synchronous: bool
+    hidden_by: tuple[str, ...]
+
+    @property
+    def exposed(self) -> bool:
+        """Whether nothing is computed while it runs."""
+        return not self.hidden_by
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """What `verify_overlap` found."""
+
+    moves: tuple[Move, ...]
+    copies: tuple[tuple[str, int], ...]
+
+    @property
+    def exposed(self) -> tuple[Move, ...]:
+        """The moves behind which nothing is computed."""
+        return tuple(move for move in self.moves if move.exposed)
+
+    def of(self, kind: str) -> tuple[Move, ...]:
+        """The collectives of one kind, such as "collective-permute"."""
+        return tuple(move for move in self.moves if move.kind == kind)
+
+    def __str__(self) -> str:
+        def line(move: Move) -> str:
+            how = "synchronous" if move.synchronous else "EXPOSED" if move.exposed else "behind"
+            return f"{move.kind} {move.name} {move.bytes:,} B {how} {' '.join(move.hidden_by)}"
+
+        copies = [f"copy {name} {size:,} B" for name, size in self.copies]
+        return "\n".join([*map(line, self.moves), *copies])
+
+
+def verify_overlap(compiled: jax.stages.Compiled | str, *, copies_of: int | None = None) -> Overlap:
+    """Every collective of a compiled program, with the compute scheduled while it runs.
+
+    Args:
+      compiled: `jit(f).lower(...).compile()`, or its text.
+      copies_of: report copies of arrays of exactly this many bytes too, such as a rank's keys.
+
+    Raises:
+      ValueError: the program is not scheduled, so that its text says nothing about order.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    if text is None or "is_scheduled=true" not in text.partition("\n")[0]:
+        raise ValueError("verify_overlap needs a scheduled program (is_scheduled=true)")
+    program = _Program(text)
+    moves, copies = [], []
+    for instructions in program.reachable():
+        running: dict[str, tuple[_Instruction, list[str]]] = {}
+        for i in instructions:
+            if i.op in _COLLECTIVES:
+                moves.append(Move(i.op, i.name, i.bytes, True, ()))
+            elif (kind := program.started(i)) is not None:
+                running[i.name] = (dataclasses.replace(i, op=kind), [])
+            elif (source := next((n for n in i.operands if n in running), None)) is not None:
+                if i.op.endswith("-done"):
+                    start, hidden_by = running.pop(source)
+                    synchronous = '"is_sync":true' in start.rest or "is_sync=true" in start.rest
+                    moves.append(Move(start.op, start.name, i.bytes, synchronous, tuple(hidden_by)))
+            elif program.computes(i):
+                for _, hidden_by in running.values():
+                    hidden_by.append(i.name)
+            if i.op in ("copy", "copy-start") and i.bytes == copies_of:
+                copies.append((i.name, i.bytes))
+    return Overlap(tuple(moves), tuple(copies))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    op: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
+
+    @property
+    def called(self) -> list[str]:
+        found = []
+        for one, many in _CALLED.findall(self.rest):
+            found += [one] if one else re.findall(r"[\w.\-]+", many)
+        return found
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result; of a tuple, its largest member."""
+        sizes = [0]
+        for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", self.type):
+            bits = _BITS.get(dtype) or int((re.findall(r"\d+", dtype) or ["0"])[0])
+            sizes.append(bits * math.prod(int(n) for n in shape.split(",") if n) // 8)
+        return max(sizes)
+
+
+class _Program:
+    """The computations of a module: lists of instructions in the order of the schedule."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[_Instruction]] = {}
+        self.entry = ""
+        self._heavy: dict[str, bool] = {}
+        body: list[_Instruction] = []
+        for line in text.splitlines():
+            if line.endswith("{") and (head := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
+                body = self.computations[head[2]] = []
+                self.entry = head[2] if head[1] else self.entry
+            elif found := _INSTRUCTION.match(line):
+                body.append(_Instruction(**found.groupdict()))
+
+    def reachable(self) -> Iterator[list[_Instruction]]:
+        """The computations that run as their own sequence: not fusions' or reductions' bodies."""
+        seen, waiting = set(), [self.entry]
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            yield self.computations[name]
+            for i in self.computations[name]:
+                if i.op in ("while", "conditional", "call"):
+                    waiting += i.called
+
+    def started(self, i: _Instruction) -> str | None:
+        """The kind of the collective that `i` starts, if it starts one."""
+        if i.op.removesuffix("-start") in _COLLECTIVES:
+            return i.op.removesuffix("-start")
+        if i.op in ("async-start", "fusion") and ("async" in i.name or i.op == "async-start"):
+            for name in i.called:
+                for inner in self.computations.get(name, []):
+                    if inner.op.removesuffix("-start") in _COLLECTIVES:
+                        return inner.op.removesuffix("-start")
+        return None
+
+    def computes(self, i: _Instruction) -> bool:
+        """Whether `i` is, or contains, a matrix product or a kernel."""
+        if i.op in ("dot", "convolution"):
+            return True
+        if i.op == "custom-call":
+            return any(kernel in i.rest for kernel in _KERNELS)
+        return any(map(self._computes, i.called))
+
+    def _computes(self, name: str) -> bool:
+        if name not in self._heavy:
+            self._heavy[name] = any(map(self.computes, self.computations.get(name, [])))
+        return self._heavy[name]
