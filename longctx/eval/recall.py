@@ -1,0 +1,205 @@
+"""Accuracy of a trained run on the synthetic tasks: JSONL, a table and a figure."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from longctx.errors import UserError
+from longctx.eval.tasks import TASKS, Episode, Needle, Task, episodes, score
+from longctx.parallel.mesh import MeshConfig, make_mesh
+from longctx.provenance import origin
+from longctx.train.restore import load_run
+
+# Depths of the needle's grid, and tokens per call of the model.
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+BATCH_TOKENS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """Share of right answers on one task at one length (and depth, for the needle's grid)."""
+
+    task: str
+    length: int
+    depth: float | None
+    episodes: int
+    accuracy: float
+    chance: float
+
+
+class Answerer:
+    """What a model answers, all answers of a batch in one forward pass.
+
+    The tokens of an answer are predicted with the right earlier ones given, which scores an
+    answer as right exactly when greedy decoding would give it.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, params: nnx.State, rest: nnx.State, mesh: Mesh):
+        self._variables, self._sharding = (params, rest), NamedSharding(mesh, P())
+
+        @jax.jit
+        def answer(
+            variables: tuple[nnx.State, nnx.State],
+            tokens: Int[Array, "B T"],
+            places: Int[Array, "B A"],
+        ) -> Int[Array, "B A"]:
+            model = nnx.merge(graph, *variables)
+            rows = jnp.arange(tokens.shape[0])[:, None]
+            hidden = model(tokens)[rows, places - 1]
+            return jnp.argmax(model.logits(hidden), axis=-1)
+
+        self._answer = answer
+
+    def __call__(self, batch: Sequence[Episode]) -> list[np.ndarray]:
+        """Per episode its tokens, with what the model predicts in place of the answers."""
+        width = max(int(e.answer.sum()) for e in batch)
+        places = np.ones((len(batch), width), np.int32)
+        for row, episode in zip(places, batch, strict=True):
+            row[: episode.answer.sum()] = np.flatnonzero(episode.answer)
+        tokens = np.stack([episode.tokens for episode in batch])
+        placed = [jax.device_put(x, self._sharding) for x in (tokens, places)]
+        given = np.asarray(self._answer(self._variables, *placed))
+        out = []
+        for episode, row in zip(batch, given, strict=True):
+            predicted = episode.tokens.copy()
+            predicted[episode.answer] = row[: episode.answer.sum()]
+            out.append(predicted)
+        return out
+
+
+def score_task(answerer: Answerer, task: Task, length: int, count: int, *, seed: int = 0) -> float:
+    """Mean score on the first `count` test episodes of a task."""
+    size = max(1, BATCH_TOKENS // length)
+    sample = list(itertools.islice(episodes(task, length=length, seed=seed), count))
+    total = 0.0
+    for first in range(0, count, size):
+        batch = sample[first : first + size]
+        filled = batch + batch[:1] * (size - len(batch))  # one shape, compiled once
+        total += sum(map(score, batch, answerer(filled)[: len(batch)]))
+    return total / count
+
+
+def evaluate_tasks(
+    run: pathlib.Path,
+    names: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    count: int = 64,
+    mesh: MeshConfig | None = None,
+) -> list[TaskScore]:
+    """Score the newest checkpoint of `run` on tasks at lengths; the needle at every depth.
+
+    Writes `tasks.jsonl` and `tasks.png` into the run.
+
+    Raises:
+      UserError: a task is unknown, a length is too short for it, or the run's tokens are not
+        bytes.
+      RunError: `run` has no checkpoint that can be read.
+    """
+    unknown = sorted(set(names) - set(TASKS))
+    if unknown:
+        raise UserError(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
+    device_mesh = make_mesh(mesh)
+    with jax.set_mesh(device_mesh):
+        loaded = load_run(run, device_mesh)
+        if loaded.config.data.tokenizer != "bytes":
+            raise UserError(f"{run} was trained on {loaded.config.data.tokenizer}, not on bytes")
+        answerer = Answerer(loaded.graph, loaded.params, loaded.rest, device_mesh)
+        grid = [
+            (name, task, length, depth)
+            for name in names
+            for length in sorted(lengths)
+            for depth, task in _cells(TASKS[name])
+        ]
+        scores = []
+        for name, task, length, depth in track(grid, "tasks", console=Console(stderr=True)):
+            try:
+                accuracy = score_task(answerer, task, length, count)
+            except ValueError as error:
+                raise UserError(f"task {name}: {error}") from error
+            scores.append(TaskScore(name, length, depth, count, accuracy, task.chance))
+    source = {"step": loaded.step, "train_length": loaded.config.data.sequence_length} | origin()
+    lines = [json.dumps(dataclasses.asdict(s) | source) + "\n" for s in scores]
+    (run / "tasks.jsonl").write_text("".join(lines))
+    draw_tasks(run)
+    _show(scores)
+    return scores
+
+
+def _cells(task: Task) -> list[tuple[float | None, Task]]:
+    """The needle at every depth of the grid; other tasks as they are."""
+    if isinstance(task, Needle) and task.keys == task.values == 1:
+        return [(depth, dataclasses.replace(task, depth=depth)) for depth in DEPTHS]
+    return [(None, task)]
+
+
+def _means(scores: Sequence[dict], task: str) -> dict[int, float]:
+    """Accuracy by length, over depths."""
+    by_length: dict[int, list[float]] = {}
+    for record in scores:
+        if record["task"] == task:
+            by_length.setdefault(record["length"], []).append(record["accuracy"])
+    return {length: float(np.mean(values)) for length, values in by_length.items()}
+
+
+def _show(scores: Sequence[TaskScore]) -> None:
+    records = [dataclasses.asdict(s) for s in scores]
+    lengths = sorted({s.length for s in scores})
+    table = Table(title="accuracy by length (the needle: mean over depths)")
+    for column in ("task", "chance", *map(str, lengths)):
+        table.add_column(column, justify="right")
+    for task in dict.fromkeys(s.task for s in scores):
+        means = _means(records, task)
+        chance = next(s.chance for s in scores if s.task == task)
+        table.add_row(task, f"{chance:.2g}", *(f"{means[n]:.3f}" for n in lengths))
+    Console().print(table)
+
+
+def draw_tasks(run: pathlib.Path) -> pathlib.Path:
+    """Draw `run/tasks.png` from `run/tasks.jsonl`: accuracy by length, and the needle's map."""
+    from matplotlib.figure import Figure  # slow to import
+
+    records = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    grid = [r for r in records if r["depth"] is not None]
+    figure = Figure(figsize=(10 if grid else 6, 4), layout="constrained")
+    panels = figure.subplots(1, 2 if grid else 1, squeeze=False)[0]
+    for task in dict.fromkeys(r["task"] for r in records):
+        means = _means(records, task)
+        panels[0].plot(list(means), list(means.values()), marker="o", label=task)
+    panels[0].axvline(records[0]["train_length"], color="grey", linestyle=":", label="trained at")
+    panels[0].set(xlabel="sequence length", ylabel="accuracy", ylim=(-0.02, 1.02), title=run.name)
+    panels[0].set_xscale("log", base=2)
+    panels[0].grid(alpha=0.3)
+    panels[0].legend()
+    if grid:
+        _draw_needle(panels[1], grid)
+    path = run / "tasks.png"
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_needle(axes, grid: Sequence[dict]) -> None:
+    lengths = sorted({r["length"] for r in grid})
+    cells = np.full((len(DEPTHS), len(lengths)), np.nan)
+    for r in grid:
+        cells[DEPTHS.index(r["depth"]), lengths.index(r["length"])] = r["accuracy"]
+    image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for (row, column), value in np.ndenumerate(cells):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small")
+    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
+    axes.set(xlabel="sequence length", ylabel="depth of the needle", title="needle in a haystack")
+    axes.figure.colorbar(image, ax=axes, label="accuracy")
