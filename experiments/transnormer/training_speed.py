@@ -1,0 +1,166 @@
+"""Training speed by sequence length: constant for TNL, falling for the softmax Transformer.
+
+Claim (2405.17381, table of training speed, 2 x A100-80G): TNL keeps some 38K tokens/s per GPU from
+1K to 92K tokens; LLaMA with FlashAttention-2 falls from 36K to 4K.
+Command: longctx reproduce experiments/transnormer/training_speed.py --scale paper
+Expected: TNL flat within 5% from 1K to 128K tokens; the Transformer slower at every length
+beyond a few thousand tokens. Whole training steps of 131072 random tokens, whatever the length.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.transnormer.base import PAPER, SMOKE
+from longctx.data.config import DataConfig
+from longctx.models import count_parameters, transformer
+from longctx.parallel.mesh import make_mesh
+from longctx.reproduce import Row
+from longctx.train.config import RunConfig
+from longctx.train.flops import device_peak, step_flops
+from longctx.train.step import abstract_state, create_state, make_train_step, put_batch
+
+# Tokens per GPU and second of the 0.4B models in the paper, by sequence length.
+PAPER_SPEED = {
+    "TNL": {
+        1024: 38615, 2048: 38680, 4096: 38714, 8192: 38172, 16384: 37755,
+        32768: 37364, 65536: 38278, 81920: 38457, 94208: 38596,
+    },
+    "Transformer": {
+        1024: 35931, 2048: 32453, 4096: 28184, 8192: 21996, 16384: 15479,
+        32768: 9715, 65536: 5643, 81920: 4604, 94208: 4078,
+    },
+}  # fmt: skip
+LENGTHS = (1024, 4096, 16384, 65536, 131072)
+TOKENS = 131072
+STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSpeed:
+    """Tokens per second of whole training steps, by model and length."""
+
+    def measure(self, scale: str, runs: Path) -> list[Row]:
+        """Time warm steps; every program is compiled before the first is timed."""
+        del runs  # nothing is trained to an end
+        base, lengths, tokens = PAPER, LENGTHS, TOKENS
+        if scale == "smoke":
+            base, lengths, tokens = SMOKE, (64, 128), 256
+        base = dataclasses.replace(base, model=dataclasses.replace(base.model, remat="block"))
+        models = {"TNL": base.model, "Transformer": transformer(base.model)}
+        rows = []
+        mesh = make_mesh()
+        with jax.set_mesh(mesh):
+            for name, model in models.items():
+                configs = [
+                    dataclasses.replace(base, model=model, data=DataConfig(
+                        sequence_length=length, batch_size=tokens // length
+                    ))
+                    for length in lengths
+                ]  # fmt: skip
+                rows += _time_all(name, configs, mesh)
+        return rows
+
+    def table(self, rows: Sequence[Row]) -> str:
+        """A row per length, a column per model."""
+        cells = {(r["model"], r["length"]): r for r in rows}
+        size = f"{rows[0]['parameters'] / 1e6:.0f}M parameters"
+        lines = [
+            f"# Training speed on {rows[0]['device']}, {size}",
+            "",
+            "Tokens per second of whole training steps; the paper's on one of two A100.",
+            "",
+            "| length | TNL | MFU | Transformer | MFU | ratio | paper: TNL | Transformer |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for length in sorted({r["length"] for r in rows}):
+            ours = [cells[name, length] for name in PAPER_SPEED]
+            speeds = [r["tokens_per_second"] for r in ours]
+            shown = [f"{s:,.0f} | {_percent(r['mfu'])}" for s, r in zip(speeds, ours, strict=True)]
+            paper = [str(PAPER_SPEED[name].get(length, "")) for name in PAPER_SPEED]
+            ratio = f"{speeds[0] / speeds[1]:.2f}"
+            lines.append(f"| {length} | {' | '.join([*shown, ratio, *paper])} |")
+        return "\n".join(lines) + "\n"
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        """Tokens per second over length."""
+        from matplotlib.figure import Figure  # slow to import
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="sequence length", ylabel="tokens per second")
+        for name, paper in PAPER_SPEED.items():
+            ours = [(r["length"], r["tokens_per_second"]) for r in rows if r["model"] == name]
+            line = axes.plot(*zip(*ours, strict=True), "o-", label=f"{name}, {rows[0]['device']}")
+            colour = line[0].get_color()
+            axes.plot(list(paper), list(paper.values()), ":", color=colour, label=f"{name}, paper")
+        axes.set(xscale="log", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+def _time_all(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) -> list[Row]:
+    """Time one model at all lengths; they share one training state."""
+    rng = np.random.default_rng(0)
+    batches = [_random_batch(config, rng, mesh) for config in configs]
+
+    def compiled(config: RunConfig, batch: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
+
+    with ThreadPoolExecutor() as pool:
+        steps = list(pool.map(compiled, configs, batches))
+    state = create_state(configs[0], mesh)
+    parameters = count_parameters(configs[0].model)
+    rows = []
+    for config, step, batch in zip(configs, steps, batches, strict=True):
+        seconds = []
+        for _ in range(1 + STEPS):
+            began = time.perf_counter()
+            state, metrics = step(state, batch)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.perf_counter() - began)
+        warm = statistics.median(seconds[1:])
+        length, tokens = config.data.sequence_length, config.tokens_per_step
+        peak = device_peak(jax.devices()[0])
+        flops = step_flops(config.model, length, tokens)
+        memory = step.memory_analysis()
+        rows.append(
+            {
+                "model": name,
+                "parameters": parameters,
+                "length": length,
+                "tokens": tokens,
+                "seconds": warm,
+                "tokens_per_second": tokens / warm,
+                "mfu": flops / warm / peak if peak else None,
+                "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+                "paper": PAPER_SPEED[name].get(length),
+            }
+        )
+    return rows
+
+
+def _random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.sharding.Mesh) -> Any:
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
+    doc_start = np.zeros(shape, np.int32)
+    return put_batch(
+        {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "doc_start": doc_start}, mesh
+    )
+
+
+EXPERIMENT = TrainingSpeed()
