@@ -96,3 +96,58 @@ def evaluate(arguments: Sequence[str]) -> None:
     from longctx.eval.lengths import evaluate as run
 
     run(options.run, options.parsed, tokens=options.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Continue prompts with the newest checkpoint of a run."""
+
+    # Directory of the run.
+    run: tyro.conf.Positional[pathlib.Path]
+    # Texts to continue, each as the beginning of a document; they may differ in length.
+    prompt: tuple[str, ...]
+    # Tokens to add to each.
+    max_new_tokens: int = 200
+    # Divides the logits; 0 takes the likeliest token every time.
+    temperature: float = 0.7
+    # Draw from the fewest tokens whose probabilities sum to this.
+    top_p: float = 0.95
+    # Seed of the draws.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt or self.max_new_tokens < 1:
+            raise ValueError("give at least one --prompt, and --max-new-tokens of at least 1")
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """`longctx generate RUN --prompt TEXT...`."""
+    options = parse(GenerateOptions, "generate", arguments)
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from longctx.data.tokenizer import load_tokenizer
+    from longctx.generate import Sampling
+    from longctx.generate import generate as run
+    from longctx.train.restore import load_run
+
+    loaded = load_run(options.run)
+    tokenizer = load_tokenizer(loaded.config.data.tokenizer)
+    prompts = [[tokenizer.boundary, *tokenizer.encode(text.encode())] for text in options.prompt]
+    lengths = np.array([len(tokens) for tokens in prompts])
+    padded = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, tokens in zip(padded, prompts, strict=True):
+        row[: len(tokens)] = tokens
+    added = run(
+        loaded.model,
+        jnp.asarray(padded),
+        jnp.asarray(lengths),
+        max_new_tokens=options.max_new_tokens,
+        sampling=Sampling(options.temperature, options.top_p),
+        keys=jax.random.split(jax.random.key(options.seed), len(prompts)),
+        stop=tokenizer.boundary,
+    )
+    for text, row in zip(options.prompt, np.asarray(added), strict=True):
+        print(text + tokenizer.decode(row.tolist()))

@@ -1,7 +1,6 @@
 """Bits per byte of a trained run at several lengths, one JSONL and one figure."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from longctx.data.pipeline import load_corpus
 from longctx.eval.score import Score, make_scorer
 from longctx.parallel.mesh import MeshConfig, make_mesh
-from longctx.train.provenance import provenance
+from longctx.provenance import read_rows, write_rows
 from longctx.train.restore import load_run
 
 
@@ -50,9 +49,8 @@ def evaluate(
                 loaded.graph, corpus, length, tokens=tokens, mesh=device_mesh, block=max(lengths)
             )
             scores.append(scorer(loaded.params, loaded.rest))
-    origin = {"step": loaded.step, "train_length": config.data.sequence_length} | provenance()
-    lines = [json.dumps(origin | dataclasses.asdict(score)) + "\n" for score in scores]
-    (run / "eval.jsonl").write_text("".join(lines))
+    origin = {"step": loaded.step, "train_length": config.data.sequence_length}
+    write_rows(run / "eval.jsonl", (origin | dataclasses.asdict(score) for score in scores))
     plot_scores(run)
     _show(scores)
     return scores
@@ -78,7 +76,7 @@ def plot_scores(run: pathlib.Path) -> pathlib.Path:
     """Draw `run/eval.png` from `run/eval.jsonl`: the score by length, and by context."""
     from matplotlib.figure import Figure  # slow to import
 
-    records = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    records = read_rows(run / "eval.jsonl")
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_length, by_context = figure.subplots(1, 2, sharey=True)
     by_length.plot(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         params: nnx.State, rest: nnx.State, batch: Batch, count: Int[Array, ""]
     ) -> tuple[Float[Array, ""], nnx.State]:
         model = nnx.merge(graph, params, rest)
-        return jnp.sum(token_nll(model, batch)) / count, nnx.split(model, nnx.Param, ...)[2]
+        return jnp.sum(token_nll(model, batch)) / count, nnx.state(model, nnx.Not(nnx.Param))
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -122,10 +122,10 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         updates, moments = optimizer.update(grads, state.moments, state.params)
         metrics = {
             "loss": total,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": learning_rate(state.step),
+            "grad_norm": jnp.asarray(optax.global_norm(grads)),
+            "learning_rate": jnp.asarray(learning_rate(state.step)),
         }
-        params = optax.apply_updates(state.params, updates)
+        params = cast(nnx.State, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, rest, moments), metrics
 
     return jax.jit(step, donate_argnums=0)
