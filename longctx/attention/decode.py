@@ -1,7 +1,5 @@
 """Decoding over a key/value cache that is sharded along the sequence."""
 
-import functools
-
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P

@@ -7,12 +7,13 @@ from typing import Literal, get_args
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from longctx.parallel.cost import explain, hardware_in_use, refusal
 from longctx.parallel.gather import gather_attention
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.ring import ring_attention
 from longctx.parallel.shards import Shards
-from longctx.parallel.ulysses import kv_copies, ulysses_attention
+from longctx.parallel.ulysses import ulysses_attention
 
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "usp"]
 
@@ -99,8 +100,24 @@ def context_attention(
         )
     heads, kv_heads = q.shape[2] // split, k.shape[2] // split
     if strategy == "auto":
-        strategy = "ring"
-    _check_strategy(strategy, layout, devices, heads, kv_heads)
+        strategy = explain(
+            batch=q.shape[0],
+            length=length,
+            heads=heads,
+            kv_heads=kv_heads,
+            key_width=q.shape[3],
+            value_width=v.shape[3],
+            devices=devices,
+            layout=layout,
+            causal=causal,
+            window=window,
+            itemsize=q.dtype.itemsize,
+            hardware=hardware_in_use(),
+        ).strategy
+    elif devices > 1:
+        reason = refusal(strategy, layout, devices, heads, kv_heads)
+        if reason is not None:
+            raise ValueError(f"{strategy=} {reason}")
     swaps = strategy in ("ulysses", "usp")
     ranks = devices if not swaps else 1 if strategy == "ulysses" else layout.ranks
     shards = Shards(
@@ -125,21 +142,3 @@ def context_attention(
     )
     o, lse = operator(q, k, v, doc_start)
     return (o, lse) if return_lse else o
-
-
-def _check_strategy(strategy: str, layout: Layout, devices: int, heads: int, kv_heads: int) -> None:
-    """Raise ValueError unless the strategy can serve this layout and these heads."""
-    if strategy == "ulysses":
-        if not layout.in_order:
-            raise ValueError(
-                f"strategy='ulysses' needs tokens in position order, not {layout}: use the "
-                "contiguous layout"
-            )
-        kv_copies(heads, kv_heads, devices)
-    if strategy == "usp":
-        if not 1 < layout.ranks < devices:
-            raise ValueError(
-                f"strategy='usp' needs a Layout with more than 1 and fewer than {devices} ranks "
-                f"(the ring; Ulysses runs inside a rank), not {layout}"
-            )
-        kv_copies(heads, kv_heads, devices // layout.ranks)

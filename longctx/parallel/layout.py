@@ -101,7 +101,7 @@ class Layout:
 
     def count_before(
         self,
-        position: Int[Array, "..."],
+        position: Int[Array, "..."] | Int[np.ndarray, "..."],
         length: int,
         devices: int,
         device: int | Int[Array, ""],
@@ -118,11 +118,10 @@ class Layout:
         elif self.kind == "zigzag":
             chunk = length // (2 * self.ranks)
             late = (2 * self.ranks - 1 - rank) * chunk
-            before = jnp.clip(position - rank * chunk, 0, chunk)
-            before = before + jnp.clip(position - late, 0, chunk)
+            before = (position - rank * chunk).clip(0, chunk) + (position - late).clip(0, chunk)
         else:
             before = position - rank * (length // self.ranks)
-        return jnp.clip(before - slot, 0, local)
+        return (before - slot).clip(0, local)
 
     def _rank_and_slot(self, local: int, devices: int, device: Any) -> tuple[Any, Any]:
         """The rank that `device` belongs to, and its first slot among that rank's tokens."""

@@ -1,0 +1,309 @@
+"""What a strategy costs: bytes, FLOPs and seconds per device, and which one is cheapest.
+
+The model, each term of it named where it is computed: attention runs at a fixed share of the
+chip's peak, less for short blocks; a ring's hop takes the longer of its compute (of the busiest
+rank) and its move; every other collective is exposed. A backward pass has 2.5 times the products
+of a forward pass. docs/scaling.md compares it with measurements.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+
+from longctx.parallel.layout import Layout
+from longctx.parallel.shards import Shards
+from longctx.parallel.ulysses import kv_copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """One device and its links: per second, in FLOPs of bfloat16 products and in bytes."""
+
+    name: str
+    flops: float
+    memory: float
+    permute: float  # to one neighbour
+    exchange: float  # out of one device in an all-gather or all-to-all
+    latency: float  # seconds, of one collective
+    forward: float = 0.62  # share of `flops` that attention reaches on long blocks
+    backward: float = 0.55
+    half_rate_tokens: int = 400  # length of a block that runs at half of that share
+
+    def seconds(self, flops: float, tokens: int, *, backward: bool = False) -> float:
+        """Time for the products of attention on blocks of `tokens` rows."""
+        share = self.backward if backward else self.forward
+        return flops / (self.flops * share * tokens / (tokens + self.half_rate_tokens))
+
+
+# By a part of jax's device kind. Peaks and links from the vendors' sheets, one way per link (TPU:
+# an axis of the torus has two); the permute of H100 and H200 was measured, 297 GB/s.
+HARDWARE = {
+    "H100": Hardware("H100", 989e12, 3.35e12, 297e9, 297e9, 15e-6),
+    "H200": Hardware("H200", 989e12, 4.8e12, 297e9, 297e9, 15e-6),
+    "B200": Hardware("B200", 2250e12, 8e12, 600e9, 600e9, 15e-6),
+    "TPU v5 lite": Hardware("TPU v5e", 197e12, 0.82e12, 45e9, 90e9, 5e-6, 0.5, 0.45),
+    "TPU v5": Hardware("TPU v5p", 459e12, 2.77e12, 90e9, 180e9, 5e-6, 0.5, 0.45),
+    "TPU v6": Hardware("TPU v6e", 918e12, 1.64e12, 90e9, 180e9, 5e-6, 0.35, 0.35),
+    "TPU7x": Hardware("TPU7x", 2307e12, 7.4e12, 90e9, 180e9, 5e-6, 0.3, 0.3),
+}
+
+
+def hardware_in_use() -> Hardware:
+    """That of the mesh in use; H100 for devices not in the table, so that "auto" is the same."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind
+    return next((h for part, h in HARDWARE.items() if part in kind), HARDWARE["H100"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One strategy, for one layer: what the busiest device does in a forward and in a backward."""
+
+    strategy: str
+    flops: float  # forward; a backward has 2.5 times as many
+    forward_bytes: float  # sent by one device
+    backward_bytes: float
+    forward_seconds: float
+    backward_seconds: float
+    overlap_threshold: int | None  # tokens per device from which a ring's forward moves are hidden
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward_seconds + self.backward_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The strategies that a call allows, the one that "auto" picks first; why others are not."""
+
+    hardware: Hardware
+    costs: tuple[Cost, ...]
+    refused: dict[str, str]
+
+    @property
+    def strategy(self) -> str:
+        """What `context_attention(strategy="auto")` does."""
+        return self.costs[0].strategy
+
+    def __str__(self) -> str:
+        rows = [
+            f"{c.strategy:10} fwd {c.forward_seconds * 1e3:9.3f} ms {c.forward_bytes / 1e6:9.1f} MB"
+            f"   bwd {c.backward_seconds * 1e3:9.3f} ms {c.backward_bytes / 1e6:9.1f} MB"
+            f"   {c.flops / 1e12:.3f} TFLOP"
+            + (f"   hidden from {c.overlap_threshold} tokens" if c.overlap_threshold else "")
+            for c in self.costs
+        ]
+        rows += [f"{name:10} {reason}" for name, reason in self.refused.items()]
+        return "\n".join([f"per device, one layer, {self.hardware.name}", *rows])
+
+
+@functools.lru_cache(maxsize=256)
+def explain(
+    *,
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    key_width: int,
+    value_width: int | None = None,
+    devices: int,
+    layout: Layout,
+    causal: bool = True,
+    window: int | None = None,
+    itemsize: int = 2,
+    hardware: Hardware = HARDWARE["H100"],
+) -> Explanation:
+    """Bytes moved, FLOPs, seconds and overlap threshold of each strategy of `context_attention`.
+
+    Args:
+      batch, heads, kv_heads: of one device along the other mesh axes.
+      length: of the whole sequence, over `devices` devices in `layout`.
+      key_width, value_width: D and E (default D).
+      itemsize: bytes of an element of q, k and v.
+      hardware: a row of `HARDWARE`, or your own.
+
+    Raises:
+      ValueError: the layout does not fit the length and devices.
+    """
+    layout.check(length, devices)
+    call = _Call(
+        batch, length, heads, kv_heads, key_width, value_width or key_width,
+        devices, layout, causal, window, itemsize, hardware,
+    )  # fmt: skip
+    costs, refused = [call.ring(), call.all_gather()], {}
+    for name, ranks in (("ulysses", 1), ("usp", layout.ranks)):
+        reason = refusal(name, layout, devices, heads, kv_heads)
+        if reason is None:
+            costs.append(call.swapped(name, ranks))
+        else:
+            refused[name] = reason
+    return Explanation(hardware, tuple(sorted(costs, key=lambda c: c.seconds)), refused)
+
+
+def refusal(strategy: str, layout: Layout, devices: int, heads: int, kv_heads: int) -> str | None:
+    """Why a strategy cannot serve this layout and these heads; None if it can."""
+    if strategy == "ulysses" and not layout.in_order:
+        return f"needs tokens in position order, not {layout}: use the contiguous layout"
+    if strategy == "usp" and not 1 < layout.ranks < devices:
+        return (
+            f"needs a Layout with more than 1 and fewer than {devices} ranks (the ring; Ulysses "
+            f"runs inside a rank), not {layout}"
+        )
+    if strategy in ("ulysses", "usp"):
+        inner = devices if strategy == "ulysses" else devices // layout.ranks
+        try:
+            kv_copies(heads, kv_heads, inner)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    devices: int
+    layout: Layout
+    causal: bool
+    window: int | None
+    itemsize: int
+    hardware: Hardware
+
+    @property
+    def widths(self) -> int:
+        return self.key_width + self.value_width
+
+    @property
+    def local(self) -> int:
+        return self.length // self.devices
+
+    def kv_bytes(self, itemsize: int) -> float:
+        """Keys and values of one device."""
+        return self.batch * self.local * self.kv_heads * self.widths * itemsize
+
+    def flops(self, pairs: float) -> float:
+        """Products of a forward for `pairs` visible (query, key) pairs."""
+        return 2 * self.batch * self.heads * self.widths * pairs
+
+    def pairs(self) -> np.ndarray:
+        """Visible pairs of each rank (rows) at each hop of its ring (columns).
+
+        Counted exactly for up to 256 evenly spread queries of every rank.
+        """
+        ranks, local = self.devices, self.local
+        slots = np.unique(np.linspace(0, local - 1, 256).round().astype(int))
+        order = self.layout.order(self.length).reshape(ranks, local)[:, slots]
+        hops = self.shards.hops
+        counts = np.empty((ranks, hops))
+        for rank in range(ranks):
+            position = order[rank]
+            reach = self.window or self.length
+            first = np.maximum(position - reach + 1, 0)
+            stop = position + 1 if self.causal else np.full_like(position, self.length)
+            for hop in range(hops):
+                source = (rank - hop) % ranks
+                before = functools.partial(
+                    self.layout.count_before,
+                    length=self.length, devices=ranks, device=source,
+                )  # fmt: skip
+                counts[rank, hop] = np.mean(before(stop) - before(first)) * local
+        return counts
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        return Shards("seq", self.devices, self.layout, self.length, window=self.window)
+
+    def ring(self) -> Cost:
+        chip, pairs = self.hardware, self.pairs()
+        hops = pairs.shape[1]
+        busiest = self.flops(pairs.max(0))  # all ranks wait for the slowest of a hop
+        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
+        # The arriving keys are unpacked (read, written), the output is carried in float32.
+        carried = self.batch * self.local * self.heads * self.value_width * 4
+        between = 2 * (kv + carried) / chip.memory + chip.latency
+        compute = [chip.seconds(f, self.local) for f in busiest]
+        move = kv / chip.permute + chip.latency
+        forward = sum(max(c, move) for c in compute[:-1]) + compute[-1] + between * (hops - 1)
+        compute = [chip.seconds(2.5 * f, self.local, backward=True) for f in busiest]
+        gradient = dkv / chip.permute + chip.latency
+        backward = compute[0]
+        if hops > 1:  # moves per hop: keys out, none or keys and gradients, gradients home
+            moves = [0.0] + [gradient] * (hops - 2)
+            moves = [m + (move if hop + 2 < hops else 0) for hop, m in enumerate(moves)]
+            backward = max(compute[0] / 2, move) + max(compute[0] / 2, gradient)
+            backward += sum(max(c, m) for c, m in zip(compute[1:], moves, strict=True))
+            backward += (between + 2 * dkv / chip.memory) * (hops - 1)
+        return Cost(
+            strategy="ring",
+            flops=float(busiest.sum()),
+            forward_bytes=kv * (hops - 1),
+            backward_bytes=(kv + dkv) * (hops - 1),
+            forward_seconds=forward,
+            backward_seconds=backward,
+            overlap_threshold=self.threshold(),
+        )
+
+    def threshold(self) -> int:
+        """Tokens per device from which a hop computes for longer than its keys travel.
+
+        c^2 pairs of a hop (half of them in a balanced causal layout) against c keys.
+        """
+        share = 0.5 if self.causal and self.layout.kind != "contiguous" else 1.0
+        rate = self.hardware.flops * self.hardware.forward
+        per_key = self.kv_heads * self.itemsize / self.hardware.permute
+        return math.ceil(rate * per_key / (2 * self.heads * share))
+
+    def all_gather(self) -> Cost:
+        chip, pairs = self.hardware, self.pairs()
+        flops = float(self.flops(pairs.sum(1).max()))
+        others = self.devices - 1
+        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
+        # All keys are put in position order: read and written once.
+        gather = kv * others / chip.exchange + chip.latency + 2 * kv * self.devices / chip.memory
+        scatter = dkv * others / chip.exchange + chip.latency
+        scatter += 2 * dkv * self.devices / chip.memory
+        return Cost(
+            strategy="all_gather",
+            flops=flops,
+            forward_bytes=kv * others,
+            backward_bytes=(kv + dkv) * others,
+            forward_seconds=gather + chip.seconds(flops, self.local),
+            backward_seconds=gather
+            + scatter
+            + chip.seconds(2.5 * flops, self.local, backward=True),
+            overlap_threshold=None,
+        )
+
+    def swapped(self, strategy: str, ranks: int) -> Cost:
+        """Ulysses in groups of U devices, and with several ranks a ring between them."""
+        chip, inner = self.hardware, self.devices // ranks
+        copies = kv_copies(self.heads, self.kv_heads, inner)
+        inside = dataclasses.replace(
+            self,
+            heads=self.heads // inner,
+            kv_heads=self.kv_heads * copies // inner,
+            devices=ranks,
+            layout=Layout(self.layout.kind, ranks),
+        ).ring()
+        tokens = self.batch * self.local * self.itemsize
+        swapped = tokens * (self.heads + self.kv_heads * copies) * self.widths
+        sent = swapped * (inner - 1) / inner
+        # q, k, v and o, each also rearranged in memory on both sides.
+        exchange = sent / chip.exchange + 4 * chip.latency + 4 * swapped / chip.memory
+        return dataclasses.replace(
+            inside,
+            strategy=strategy,
+            forward_bytes=inside.forward_bytes + sent,
+            backward_bytes=inside.backward_bytes + sent,
+            forward_seconds=inside.forward_seconds + exchange,
+            backward_seconds=inside.backward_seconds + exchange,
+            overlap_threshold=inside.overlap_threshold if ranks > 1 else None,
+        )
