@@ -108,12 +108,13 @@ def _read_parquet(name: str, file: IO[bytes], text_field: str) -> Iterator[Docum
     except ModuleNotFoundError:
         raise DataError(f"{name} needs the extra: pip install longctx[text]") from None
     try:
-        table = pyarrow.parquet.read_table(file, columns=[text_field])
+        content = pyarrow.parquet.ParquetFile(file)
+        if text_field not in content.schema_arrow.names:
+            raise DataError(f"{name} has no column {text_field!r}")
+        column = content.read([text_field])[text_field]
     except pyarrow.ArrowException as error:
         raise DataError(f"{name} cannot be read as parquet: {error}") from error
-    if text_field not in table.column_names:
-        raise DataError(f"{name} has no column {text_field!r}")
-    for number, text in enumerate(table[text_field].to_pylist(), start=1):
+    for number, text in enumerate(column.to_pylist(), start=1):
         if not isinstance(text, str):
             raise DataError(f"{name}, row {number}: column {text_field!r} holds no string")
         yield f"{name}:{number}", text.encode()

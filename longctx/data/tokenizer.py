@@ -58,7 +58,10 @@ class FileTokenizer:
             ) from None
         if not pathlib.Path(path).is_file():
             raise DataError(f"data.tokenizer={path} is neither 'bytes' nor an existing file")
-        self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(pathlib.Path(path).read_bytes())
+        except ValueError as error:
+            raise DataError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from error
         # Identifiers may have gaps, so the count is not the size that the embedding needs.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         found = [self._tokenizer.token_to_id(name) for name in BOUNDARY_NAMES]
