@@ -1,0 +1,208 @@
+"""Safetensors folders in and out, one tensor at a time."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longctx.errors import UserError
+from longctx.hf.config import from_hf, to_hf
+from longctx.hf.names import Source, sources
+from longctx.models import ModelConfig, build
+from longctx.parallel.mesh import make_mesh
+
+INDEX = "model.safetensors.index.json"
+# Buffers that some checkpoints carry and that follow from the configuration.
+DERIVED = ("rotary_emb.inv_freq", "model.slopes", "lrpe.index")
+FILE_BYTES = 5 * 10**9
+
+
+class Tensors:
+    """The tensors of a folder by name, read when they are asked for."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        from safetensors import safe_open  # extra `hf`
+
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{folder} has no .safetensors files")
+        self._files = {file: safe_open(str(file), "numpy") for file in files}
+        self._where = {name: file for file, f in self._files.items() for name in f.keys()}  # noqa: SIM118
+
+    def names(self) -> set[str]:
+        """All names."""
+        return set(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[self._where[name]].get_tensor(name)
+
+
+def load_hf(
+    folder: pathlib.Path, mesh: Mesh | None = None, *, param_dtype: str = "float32"
+) -> tuple[ModelConfig, nnx.State]:
+    """Configuration and parameters of a Hugging Face folder, laid out on `mesh`.
+
+    Tensors are read one by one and only where a device of this process holds part of them.
+
+    Args:
+      folder: config.json and safetensors files, also several with an index.
+      mesh: where the parameters go; default one device.
+      param_dtype: of the parameters, whatever the files hold.
+
+    Raises:
+      UserError: an architecture that ours cannot express, or weights that are missing, unknown
+        or of the wrong shape; all of them in one message.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json")
+    config = from_hf(json.loads(path.read_text()))
+    config = dataclasses.replace(config, param_dtype=param_dtype)
+    tensors, recipes = Tensors(folder), sources(config)
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    flat = dict(nnx.to_flat_state(state))
+    _check(tensors, recipes, {p: v.shape for p, v in flat.items()}, tied=config.tied_head)
+    mesh = mesh or make_mesh()
+    specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+    filled = []
+    for name, variable in flat.items():
+        sharding = NamedSharding(mesh, _fitting(specs[name].get_value(), variable.shape, mesh))
+        array = _assemble(tensors, recipes[name], variable.shape, variable.dtype, sharding)
+        filled.append((name, variable.replace(array)))
+    return config, nnx.from_flat_state(filled)
+
+
+def save_hf(
+    config: ModelConfig, params: nnx.State, folder: pathlib.Path, *, max_length: int
+) -> None:
+    """Write a model as a Hugging Face folder: config.json, and tensors in the parameters' dtype.
+
+    Files hold at most 5 GB each; with several there is an index.
+
+    Raises:
+      UserError: no known Hugging Face architecture computes this model.
+    """
+    described = to_hf(config, max_length)
+    flat, recipes = dict(nnx.to_flat_state(params)), sources(config)
+    described["dtype"] = str(next(iter(flat.values())).dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    files = _Files(folder)
+    for name, variable in flat.items():
+        for tensor, value in _taken_apart(recipes[name], variable[...]):
+            files.add(tensor, value)
+    files.close()
+
+
+class _Files:
+    """Safetensors files of limited size, and the index over them if there are several."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._folder, self._full, self._open = folder, [], {}
+        self._weight_map: dict[str, int] = {}
+        self._total = 0
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        """Put one tensor into the current file, or into a new one."""
+        if self._open and sum(x.nbytes for x in self._open.values()) + value.nbytes > FILE_BYTES:
+            self._write()
+        self._open[name] = value
+        self._weight_map[name] = len(self._full)
+        self._total += value.nbytes
+
+    def _write(self) -> None:
+        from safetensors.numpy import save_file  # extra `hf`
+
+        path = self._folder / f"part-{len(self._full)}.safetensors"
+        save_file(self._open, path, metadata={"format": "pt"})
+        self._full.append(path)
+        self._open = {}
+
+    def close(self) -> None:
+        """Write what is left, name the files by their number, and add the index."""
+        self._write()
+        count = len(self._full)
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count == 1:
+            names = ["model.safetensors"]
+        for path, name in zip(self._full, names, strict=True):
+            path.rename(self._folder / name)
+        if count > 1:
+            weight_map = {tensor: names[i] for tensor, i in self._weight_map.items()}
+            index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """`spec`, with axes that a mesh axis does not divide kept whole."""
+    names = [
+        n if n in mesh.shape and size % mesh.shape[n] == 0 else None
+        for size, n in zip(shape, spec, strict=False)
+    ]
+    return P(*names)
+
+
+def _check(
+    tensors: Tensors,
+    recipes: Mapping[Any, Source],
+    shapes: Mapping[Any, tuple[int, ...]],
+    *,
+    tied: bool,
+) -> None:
+    """Name everything that is wrong with the weights, at once."""
+    names = {n for source in recipes.values() for recipe in source.recipes for n in recipe.names}
+    missing = sorted(names - tensors.names())
+    spare = {"lm_head.weight"} if tied else set()  # some write a tied head all the same
+    extra = sorted(n for n in tensors.names() - names - spare if not n.endswith(DERIVED))
+    misshapen = []
+    for path, source in recipes.items():
+        wanted = shapes[path][1:] if source.stacked else shapes[path]
+        blank = np.broadcast_to(np.zeros((), np.int8), wanted)
+        for recipe in source.recipes:
+            for name, part in zip(recipe.names, recipe.split(blank), strict=True):
+                if name in tensors.names() and tensors.shape(name) != part.shape:
+                    misshapen.append(f"{name} {tensors.shape(name)} (must be {part.shape})")
+    problems = {"missing": missing, "unknown": extra, "misshapen": misshapen}
+    said = [f"{kind}: {', '.join(found)}" for kind, found in problems.items() if found]
+    if said:
+        raise UserError(f"weights do not fit the configuration; {'; '.join(said)}")
+
+
+def _assemble(
+    tensors: Tensors,
+    source: Source,
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    sharding: NamedSharding,
+) -> jax.Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if not source.stacked:
+            return _joined(tensors, source.recipes[0])[index].astype(dtype)
+        layers = source.recipes[index[0]]
+        return np.stack([_joined(tensors, r)[index[1:]].astype(dtype) for r in layers])
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _joined(tensors: Tensors, recipe: Any) -> np.ndarray:
+    return recipe.join([tensors[name] for name in recipe.names])
+
+
+def _taken_apart(source: Source, value: jax.Array) -> Iterator[tuple[str, np.ndarray]]:
+    layers = value if source.stacked else value[None]
+    for recipe, layer in zip(source.recipes, layers, strict=True):
+        for name, part in zip(recipe.names, recipe.split(np.asarray(layer)), strict=True):
+            yield name, np.ascontiguousarray(part)

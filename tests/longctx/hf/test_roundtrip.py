@@ -1,0 +1,128 @@
+"""Models as Hugging Face folders and back: the same configuration, the same parameters."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.errors import UserError
+from longctx.hf import from_hf, io, load_hf, save_hf, to_hf
+from longctx.models import MODELS, build
+from longctx.nn.position import RopeScaling
+from longctx.parallel.mesh import make_mesh
+
+TNL = dataclasses.replace(MODELS["tnl-tiny"], unroll=False)
+LLAMA = dataclasses.replace(
+    MODELS["transformer-tiny"],
+    unroll=False,
+    softmax=dataclasses.replace(
+        MODELS["transformer-tiny"].softmax,
+        num_kv_heads=2,
+        rope_base=500000.0,
+        rope_scaling=RopeScaling("llama3", 8.0, 64, 1.0, 4.0),
+    ),
+    tied_head=False,
+)
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    mixers=("window",),
+    softmax=dataclasses.replace(LLAMA.softmax, window=16, rope_scaling=RopeScaling()),
+)
+CASES = {"tnl": TNL, "llama": LLAMA, "mistral": MISTRAL}
+
+
+def parameters(config):
+    return nnx.state(build(config, rngs=nnx.Rngs(0)), nnx.Param)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_roundtrip(name, dtype, tmp_path):
+    config = dataclasses.replace(CASES[name], param_dtype=dtype)
+    params = parameters(config)
+    save_hf(config, params, tmp_path, max_length=128)
+    found, loaded = load_hf(tmp_path, make_mesh(fsdp=2, tensor=2), param_dtype=dtype)
+    assert from_hf(to_hf(found, 128)) == from_hf(to_hf(config, 128))
+    got, want = dict(nnx.to_flat_state(loaded)), dict(nnx.to_flat_state(params))
+    assert got.keys() == want.keys()
+    for path, variable in want.items():
+        np.testing.assert_array_equal(
+            np.asarray(got[path][...]), np.asarray(variable[...]), str(path)
+        )
+
+
+def test_loaded_model_computes_the_same(tmp_path):
+    params = parameters(LLAMA)
+    save_hf(LLAMA, params, tmp_path, max_length=128)
+    found, loaded = load_hf(tmp_path)
+    tokens = jnp.arange(24)[None] % LLAMA.vocab_size
+    outputs = []
+    for config, values in ((LLAMA, params), (dataclasses.replace(found, dtype="float32"), loaded)):
+        model = build(config, rngs=nnx.Rngs(1))
+        nnx.update(model, values)
+        outputs.append(model.logits(model(tokens)))
+    np.testing.assert_array_equal(*map(np.asarray, outputs))
+
+
+def test_several_files_and_their_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "FILE_BYTES", 100_000)
+    params = parameters(LLAMA)
+    save_hf(LLAMA, params, tmp_path, max_length=128)
+    index = json.loads((tmp_path / io.INDEX).read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert {p.name for p in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+    _, loaded = load_hf(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_parameters_lie_where_the_mesh_says(tmp_path):
+    save_hf(TNL, parameters(TNL), tmp_path, max_length=128)
+    _, loaded = load_hf(tmp_path, make_mesh(fsdp=2, tensor=4))
+    table = dict(nnx.to_flat_state(loaded))[
+        "stack", "periods", 1, "blocks", 0, "mlp", "contract", "kernel"
+    ]
+    assert len(table[...].sharding.device_set) == 8
+    assert table[...].addressable_shards[0].data.size == table[...].size // 8
+
+
+def test_weights_that_do_not_fit_are_all_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    save_hf(TNL, parameters(TNL), tmp_path, max_length=128)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.channel_mixer.l2.weight"]
+    tensors["model.layers.9.surprise"] = np.zeros(3, np.float32)
+    tensors["model.layers.0.token_mixer.out_proj.weight"] = np.zeros((2, 3), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(UserError) as error:
+        load_hf(tmp_path)
+    message = str(error.value)
+    assert "missing: model.layers.1.channel_mixer.l2.weight" in message
+    assert "unknown: model.layers.9.surprise" in message
+    assert "out_proj.weight (2, 3) (must be (128, 128))" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert"}, "model_type='bert' cannot be imported"),
+        (to_hf(LLAMA, 8) | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (to_hf(LLAMA, 8) | {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        (to_hf(TNL, 8) | {"linear_use_lrpe_list": [0, 1, 0, 0]}, "linear_use_lrpe_list"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        from_hf(config)
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    with pytest.raises(UserError, match="different mixers"):
+        to_hf(MODELS["hybrid-tiny"], 8)
+    with pytest.raises(UserError, match="has no config"):
+        load_hf(tmp_path)
