@@ -13,7 +13,7 @@ from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.ring import ring_attention
 from longctx.parallel.shards import Shards
-from longctx.parallel.ulysses import ulysses_attention
+from longctx.parallel.ulysses import ulysses_attention, whole_attention
 
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "usp"]
 
