@@ -22,7 +22,7 @@ def decode_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     backend: str = "auto",
-    axis: str = "seq",
+    axis: str | None = "seq",
     batch_axes: tuple[str, ...] = BATCH,
     head_axis: str | None = "tensor",
 ) -> Float[Array, "B T H E"]:
@@ -42,7 +42,7 @@ def decode_attention(
       layout: the slots' layout; a name means one rank per device along `axis`.
       window: how many tokens, itself included, a token sees.
       scale, soft_cap, backend: as in `flash_attention`.
-      axis: mesh axis along the slots.
+      axis: mesh axis along the slots; None: they are not sharded.
       batch_axes: mesh axes along the batch, for global arrays.
       head_axis: mesh axis along the heads, for global arrays.
 

@@ -40,7 +40,7 @@ def context_attention(
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
-    axis: str = "seq",
+    axis: str | None = "seq",
     batch_axes: tuple[str, ...] = BATCH,
     head_axis: str | None = "tensor",
 ) -> Float[Array, "B T H E"] | tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
@@ -68,7 +68,7 @@ def context_attention(
         are (its values are positions, not slots); needs `causal`.
       scale, soft_cap, deterministic, backend: as in `flash_attention`.
       return_lse: whether to return (o, lse), lse float32 in natural log.
-      axis: mesh axis along the sequence.
+      axis: mesh axis along the sequence; None: it is not sharded.
       batch_axes: mesh axes along the batch, for global arrays.
       head_axis: mesh axis along the heads, for global arrays.
 

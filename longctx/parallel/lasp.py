@@ -40,7 +40,7 @@ def context_lightning(
     layout: Layout | Kind = "contiguous",
     doc_start: Int[Array, "B T"] | None = None,
     backend: str = "auto",
-    axis: str = "seq",
+    axis: str | None = "seq",
     batch_axes: tuple[str, ...] = BATCH,
     head_axis: str | None = "tensor",
 ) -> Float[Array, "B T H E"]:
@@ -55,7 +55,7 @@ def context_lightning(
       doc_start: position of the first token of each token's document, laid out as the tokens
         are (its values are positions, not slots).
       backend: as in `lightning_attention`.
-      axis: mesh axis along the sequence.
+      axis: mesh axis along the sequence; None: it is not sharded.
       batch_axes: mesh axes along the batch, for global arrays.
       head_axis: mesh axis along the heads, for global arrays.
 

@@ -124,16 +124,16 @@ def shard_operator[Out](
     return call
 
 
-def sequence_axis(axis: str) -> tuple[int, bool]:
+def sequence_axis(axis: str | None) -> tuple[int, bool]:
     """Devices along `axis`, and whether we are inside a shard_map over it.
 
-    Without a mesh the sequence lies on one device: (1, False).
+    Without a mesh, or an axis, the sequence lies on one device: (1, False).
 
     Raises:
       ValueError: there is a mesh, and it lacks the axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or axis is None:
         return 1, False
     if axis not in mesh.axis_names:
         raise ValueError(f"{axis=} is not an axis of the mesh in use, {mesh.axis_names}")
