@@ -32,20 +32,20 @@ class Bounds(NamedTuple):
 
 def row_limits(
     spec: Spec,
-    rows: Int[Array, "n"],
-    lo: Int[Array, "b h n"] | None,
-    hi: Int[Array, "b h n"] | None,
-) -> tuple[Int[Array, "b h n"], Int[Array, "b h n"]]:
+    rows: Int[Array, "..."],
+    lo: Int[Array, "..."] | None,
+    hi: Int[Array, "..."] | None,
+) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
     """The keys `[low, high)` seen by the rows `rows`, whose explicit limits are `lo` and `hi`.
 
-    The intersection of `[0, S)`, causal, window and `[lo, hi)`; empty where `high <= low`.
+    The intersection of `[0, S)`, causal, window and `[lo, hi)`; empty where `high <= low`. The
+    three arrays broadcast against each other.
     """
     low, high = jnp.zeros_like(rows), jnp.full_like(rows, spec.kv_length)
     if spec.window is not None:
         low = jnp.maximum(low, rows + (spec.q_offset - spec.window + 1))
     if spec.causal:
         high = jnp.minimum(high, rows + (spec.q_offset + 1))
-    low, high = low[None, None], high[None, None]
     if lo is not None and hi is not None:
         low, high = jnp.maximum(low, lo), jnp.minimum(high, hi)
     return low, high
@@ -58,7 +58,8 @@ def row_bounds(
     tiles: Tiles,
 ) -> Bounds:
     """For every tile of `tiles.q` rows, the tiles of `tiles.kv` keys that it needs."""
-    low, high = row_limits(spec, jnp.arange(spec.q_length, dtype=jnp.int32), lo, hi)
+    rows = jnp.arange(spec.q_length, dtype=jnp.int32)[None, None]
+    low, high = row_limits(spec, rows, lo, hi)
     count = -(-spec.q_length // tiles.q)
     padding = [(0, 0), (0, 0), (0, count * tiles.q - spec.q_length)]
 

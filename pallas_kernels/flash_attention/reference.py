@@ -22,8 +22,9 @@ def scores(q: Float[Array, "B T H D"], k: Float[Array, "B S K D"], spec: Spec) -
 
 def visible(lo: Array | None, hi: Array | None, spec: Spec) -> Array:
     """Whether row t sees key s: bool `[b, h, T, S]`."""
-    low, high = row_limits(spec, jnp.arange(spec.q_length, dtype=jnp.int32), lo, hi)
+    rows = jnp.arange(spec.q_length, dtype=jnp.int32)[None, None]
     keys = jnp.arange(spec.kv_length, dtype=jnp.int32)[None, None, None]
+    low, high = row_limits(spec, rows, lo, hi)
     return (low[..., None] <= keys) & (keys < high[..., None])
 
 

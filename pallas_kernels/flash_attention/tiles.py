@@ -1,6 +1,7 @@
 """What a flash attention call is (`Spec`) and the tile sizes it may be computed with (`Tiles`)."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -56,3 +57,50 @@ class Tiles:
 
 
 XLA_TILES = Tiles(q=512, kv=512)
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTiles(Tiles):
+    """Tiles of one Hopper kernel: `q` rows, `kv` keys and `stages` of its rings."""
+
+    stages: int = 2
+    early_stages: int = 2  # of the ring whose tiles are multiplied once, early in a step
+
+    def head_group(self, spec: Spec) -> int:
+        """Heads that run side by side: as many as keep their keys and values in half of L2."""
+        size = 2 * spec.kv_length * (spec.key_width + spec.value_width)
+        fits = max(24 * 2**20 * spec.group // size, spec.group)
+        return max(n for n in range(1, spec.q_heads + 1) if spec.q_heads % n == 0 and n <= fits)
+
+
+TPU_LANES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTiles(Tiles):
+    """Tiles of the TPU kernels: `q` rows by `kv` keys, computed `chunk` keys at a time."""
+
+    chunk: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("q", "kv", "chunk"):
+            size = getattr(self, name)
+            if size < 1 or size % TPU_LANES:
+                raise ValueError(f"TpuTiles.{name}={size} must be a positive multiple of 128")
+        if self.kv % self.chunk:
+            raise ValueError(f"TpuTiles.chunk={self.chunk} must divide kv={self.kv}")
+
+    def fit(self, spec: Spec) -> "TpuTiles":
+        """These tiles, no larger than the padded lengths."""
+        q, kv = (
+            min(size, length + -length % TPU_LANES)
+            for size, length in ((self.q, spec.q_length), (self.kv, spec.kv_length))
+        )
+        return TpuTiles(q, kv, math.gcd(kv, self.chunk))
+
+
+def tpu_tiles(spec: Spec) -> TpuTiles:
+    """Default tiles of the TPU kernels: as large as the fast memory of every generation allows."""
+    size = 1024 if max(spec.key_width, spec.value_width) * spec.dtype.itemsize <= 256 else 512
+    return TpuTiles(q=size, kv=size, chunk=512).fit(spec)

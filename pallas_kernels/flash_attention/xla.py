@@ -186,7 +186,7 @@ class _Walk:
         """The limits of row tile `i`, `[b, K, G, tile, 1]` with ones where they are shared."""
         rows = i * self.tiles.q + jnp.arange(self.tiles.q, dtype=jnp.int32)
         lo, hi = (None if x is None else self.rows_at(x, i, 2) for x in (self.lo, self.hi))
-        low, high = row_limits(self.spec, rows, lo, hi)
+        low, high = row_limits(self.spec, rows[None, None], lo, hi)
         return self.grouped(low)[..., None], self.grouped(high)[..., None]
 
     def product(self, equation: str, a: Array, b: Array) -> Array:
