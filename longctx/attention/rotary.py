@@ -13,7 +13,8 @@ def rope(
 
     R = 2 * len(frequencies) leading features are rotated, the others pass. Computed in float32.
     """
-    angle = jnp.einsum("bt,d->btd", positions.astype(jnp.float32), frequencies)[:, :, None]
+    # A product, not an einsum: matrix units would round positions beyond a few hundred.
+    angle = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None]
     cos, sin, half = jnp.cos(angle), jnp.sin(angle), frequencies.shape[0]
 
     def rotate(x: Float[Array, "B T _ D"]) -> Float[Array, "B T _ D"]:
