@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.lightning_attention import reference, xla
-from pallas_kernels.lightning_attention.tiles import Spec, XlaTiles, state_dtype
+from pallas_kernels.lightning_attention import reference, tpu, xla
+from pallas_kernels.lightning_attention.tiles import Spec, TpuTiles, XlaTiles, state_dtype
 
 # The backends, and the tile class that each takes.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla}
-TILES: dict[str, type] = {"xla": XlaTiles}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu}
+TILES: dict[str, type] = {"xla": XlaTiles, "tpu": TpuTiles}
 
 
 @overload
@@ -199,8 +199,11 @@ def _check_backend(backend: str, tiles: Any, spec: Spec) -> None:
 
 
 def _unified(q, k, v, log_decay, state, doc_start) -> tuple[Any, ...]:
-    """Canonical dtypes, and one set of varying mesh axes: custom_vjp refuses a mixture."""
-    log_decay = log_decay.astype(state_dtype(q.dtype))
+    """Canonical dtypes, and one set of varying mesh axes: custom_vjp refuses a mixture.
+
+    A log_decay of -inf becomes finite, so that it may be multiplied by a distance of 0.
+    """
+    log_decay = jnp.maximum(log_decay.astype(state_dtype(q.dtype)), -1e4)
     if doc_start is not None:
         doc_start = doc_start.astype(jnp.int32)
     arrays = (q, k, v, log_decay, state, doc_start)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 
@@ -32,3 +33,82 @@ class XlaTiles:
     def __post_init__(self):
         if self.chunk < 1:
             raise ValueError(f"chunk={self.chunk} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTiles:
+    """How the Hopper kernels share out a call.
+
+    `segments`: pieces of the sequence that run side by side. `workers`: compute warpgroups in a
+    block, each making 64 columns. `stages`: chunks of 64 tokens in flight.
+    """
+
+    segments: int
+    workers: int
+    stages: int
+
+    def __post_init__(self):
+        if self.segments < 1:
+            raise ValueError(f"segments={self.segments} must be at least 1")
+        if self.workers not in (1, 2):
+            raise ValueError(f"workers={self.workers} must be 1 or 2")
+        if self.stages < 2:
+            raise ValueError(f"stages={self.stages} must be at least 2")
+
+
+# Of H100 and H200. The prices were measured on an H100, head width 128, 2026-11-22.
+MULTIPROCESSORS = 132
+PRICE_OF_SPLITTING = 1.25  # reads two of four tensors twice, as far as the decay reaches
+PRICE_OF_ONE_WORKER = 1.1  # two blocks read the rows that two workers would share
+
+
+def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTiles:
+    """The default: whole waves of blocks, at the least price.
+
+    Args:
+      heads: batch rows times heads.
+      chunks: of 64 tokens.
+      slices: of 64 columns, in each array that one launch makes.
+      widest: slices of the widest array that it reads.
+    """
+    pairs = widest <= 2 and all(n % 2 == 0 for n in slices)
+
+    def price(tiles: GpuTiles) -> float:
+        blocks = heads * tiles.segments * sum(slices) // tiles.workers
+        waves = -(-blocks // MULTIPROCESSORS)
+        price = waves * tiles.workers / tiles.segments
+        price *= PRICE_OF_SPLITTING if tiles.segments > 1 else 1
+        return price * (PRICE_OF_ONE_WORKER if pairs and tiles.workers == 1 else 1)
+
+    kinds = [(1, 3 if widest <= 3 else 2), *([(2, 2)] if pairs else [])]
+    segments = range(1, max(1, min(64, chunks // 8)) + 1)
+    return min((GpuTiles(n, *kind) for n in segments for kind in kinds), key=price)
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTiles:
+    """Tokens per chunk, the edge of the triangle, and per block, what one grid step moves."""
+
+    chunk: int
+    block: int
+
+    def __post_init__(self):
+        if self.chunk < 128 or self.chunk % 128:
+            raise ValueError(
+                f"chunk={self.chunk} must be a multiple of the 128 lanes of a register"
+            )
+        if self.block < self.chunk or self.block % self.chunk:
+            raise ValueError(f"block={self.block} must be a multiple of chunk={self.chunk}")
+
+
+# Edge of the matrix unit, by the device kinds that JAX reports.
+TPU_CHUNK = {"TPU v5 lite": 128, "TPU v5": 128, "TPU v6 lite": 256, "TPU7x": 256}
+TPU_BLOCK_BYTES = 1024 * 128 * 2  # of one operand: the six of the backward, twice, in 4 MiB
+
+
+def tpu_tiles(width: int, dtype: jnp.dtype) -> TpuTiles:
+    """The default for the TPU being compiled for; for an unknown one what every TPU can run."""
+    target = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+    chunk = TPU_CHUNK.get(target.device_kind, 128)
+    rows = TPU_BLOCK_BYTES // (width * jnp.dtype(dtype).itemsize)
+    return TpuTiles(chunk, max(rows // chunk, 1) * chunk)
