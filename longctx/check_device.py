@@ -60,7 +60,7 @@ def _checks() -> list[Check]:
     def lightning(packed: bool = False, heads: int = 4) -> Callable[..., Any]:
         def run(q: jax.Array, k: jax.Array, v: jax.Array, backend: str) -> Any:
             starts = _documents(q.shape) if packed else None
-            decay = alibi_log_decay(heads, layer=0, num_layers=2)
+            decay = alibi_log_decay(heads, 0, 2)
             return lightning_attention(
                 q, k, v, decay, doc_start=starts, return_state=True, backend=backend
             )
