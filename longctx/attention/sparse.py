@@ -176,9 +176,7 @@ def hash_rows(x: Float[Array, "B T H D"], matrix: Float[Array, "H D N"]) -> Int[
     if matrix.shape[-1] == 0:
         return jnp.zeros(x.shape[:3], jnp.int32)
     x = jax.lax.stop_gradient(x)
-    along = jnp.einsum(
-        "bthd,hdn->bthn", x, matrix.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+    along = jnp.einsum("bthd,hdn->bthn", x, matrix.astype(x.dtype))
     return jnp.argmax(jnp.concatenate([along, -along], axis=-1), axis=-1).astype(jnp.int32)
 
 
