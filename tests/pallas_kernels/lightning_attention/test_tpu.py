@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels._pallas import pltpu
+from pallas_kernels._pallas import pl, pltpu
 from pallas_kernels.lightning_attention import lightning_attention
 from pallas_kernels.lightning_attention.tiles import TpuTiles, tpu_tiles
 from tests.harness import check_op
@@ -58,7 +58,7 @@ def test_interpreted_state_alone():
         )
 
 
-def compile_gradient(generation, dtype, width=128, length=4096, backend="auto", **options):
+def compile_gradient(generation, dtype, width=128, length=65536, backend="auto", **options):
     """The compiled value and gradient, batch and heads sharded, of a packed call with states."""
     mesh = tpu_mesh(generation, {"data": 2, "tensor": 2})
 
@@ -93,15 +93,15 @@ def compile_gradient(generation, dtype, width=128, length=4096, backend="auto", 
     return jax.jit(sharded).lower(*args).compile()
 
 
-def check_compiled(compiled, dtype, width=128, length=4096):
+def check_compiled(compiled, dtype, width=128, length=65536):
     text = compiled.as_text()
     for kernel in ("lightning_forward", "lightning_dq", "lightning_dkv"):
         assert kernel in text, f"{kernel} is not in the program"
     for absent in ("while(", "all-gather", "all-to-all", "all-reduce"):
         assert absent not in text, f"{absent} is in the program"
-    # One device holds 2 heads. Relayouts of the nine operands are all the memory that is needed.
-    operand = length * 2 * max(width, 128) * jnp.dtype(dtype).itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes <= 10 * operand
+    # One device holds 2 heads. Each of the eight arrays needs at most one relayout.
+    operand = length * 2 * pl.cdiv(width, 128) * 128 * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < 8.1 * operand
 
 
 @pytest.mark.parametrize("generation", TPUS)
@@ -111,8 +111,24 @@ def test_auto_compiles_for_tpus(generation):
 
 def test_compiles_with_64_bit_types_ragged_narrow_float32():
     with jax.enable_x64(True):
-        compiled = compile_gradient("v5e", jnp.float32, width=64, length=1000)
-    check_compiled(compiled, jnp.float32, width=64, length=1000)
+        compiled = compile_gradient("v5e", jnp.float32, width=64, length=65000)
+    check_compiled(compiled, jnp.float32, width=64, length=65000)
+
+
+def test_nothing_is_transposed_around_the_kernels():
+    mesh = tpu_mesh("v5e", {"x": 1})
+
+    def layer(x, w):
+        q, k, v = (y.reshape(2, 16384, 4, 128) for y in jnp.split(x @ w, 3, axis=2))
+        return lightning_attention(jax.nn.silu(q), jax.nn.silu(k), v, -jnp.ones(4)).sum()
+
+    shapes = ((2, 16384, 512), (512, 1536))
+    replicated = NamedSharding(mesh, P())
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=replicated) for s in shapes]
+    text = jax.jit(jax.grad(layer, argnums=(0, 1))).lower(*args).compile().as_text()
+    assert "bf16[2,16384,512]" in text
+    entry = text[text.index("ENTRY") :]
+    assert "16384,4,128]" not in entry, "an array is materialised with its heads apart"
 
 
 @pytest.mark.slow
@@ -122,8 +138,8 @@ def test_compiles_with_64_bit_types_ragged_narrow_float32():
 @pytest.mark.parametrize("generation", TPUS)
 def test_compiles_everywhere(generation, width, dtype, x64):
     with jax.enable_x64(x64):
-        compiled = compile_gradient(generation, dtype, width=width, length=1100)
-    check_compiled(compiled, dtype, width=512, length=1100)
+        compiled = compile_gradient(generation, dtype, width=width, length=65000)
+    check_compiled(compiled, dtype, width=width, length=65000)
 
 
 def test_default_tiles_follow_the_target():

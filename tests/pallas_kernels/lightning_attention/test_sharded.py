@@ -1,0 +1,54 @@
+"""Batch and heads over eight devices: values and gradients of one device, nothing gathered."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.harness import assert_close, random_like
+from tests.pallas_kernels.lightning_attention.cases import Case, attend, final_state
+
+pytestmark = [
+    pytest.mark.usefixtures("strict_dtypes"),
+    pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices"),
+]
+TOKENS, STATES, HEADS, ROWS = P("data", None, "tensor"), P("data", "tensor"), P("tensor"), P("data")
+SPECS = (TOKENS, TOKENS, TOKENS, HEADS, STATES, ROWS)
+
+
+def value_and_pullback(function, args, cotangent):
+    """Value, and cotangents of all arguments but the last, doc_start."""
+    out, pullback = jax.vjp(lambda *some: function(*some, args[-1]), *args[:-1])
+    return out, pullback(cotangent)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("what", ["outputs", "state"])
+def test_equals_one_device(axis_type, what):
+    case = Case(100, batch=4, heads=4)
+    args = (*case.draw(), case.documents())
+    function, specs, out_specs = attend("auto"), SPECS, (TOKENS, STATES)
+    if what == "state":
+        function, args, specs, out_specs = final_state("auto"), args[1:], SPECS[1:], STATES
+    cotangent = random_like(jax.eval_shape(function, *args), jax.random.key(0))
+    wanted = jax.jit(functools.partial(value_and_pullback, function))(args, cotangent)
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)
+    sharded = jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=True
+    )
+    place = functools.partial(jax.tree.map, lambda x, s: jax.device_put(x, NamedSharding(mesh, s)))
+    with jax.set_mesh(mesh):
+        args, cotangent = place(args, specs), place(cotangent, out_specs)
+        run = jax.jit(functools.partial(value_and_pullback, sharded))
+        compiled = run.lower(args, cotangent).compile()
+        got = compiled(args, cotangent)
+    assert_close(jax.tree.map(np.asarray, got), wanted, 1e-6)
+    text = compiled.as_text()
+    for absent in ("all-gather", "all-to-all", "collective-permute"):
+        assert absent not in text
+    # Only the gradient of the decays, a sum over the batch, crosses devices.
+    assert text.count(" all-reduce(") == 1
