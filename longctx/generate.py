@@ -59,8 +59,6 @@ def generate(
         raise ValueError(f"{max_new_tokens=} and {prompts.shape=}[1] must be at least 1")
     if lengths is not None and not ((lengths >= 1) & (lengths <= prompts.shape[1])).all():
         raise ValueError(f"{lengths=} must lie in [1, {prompts.shape[1]}]")
-    if sampling.temperature > 0 and keys is None:
-        raise ValueError(f"{sampling} needs keys, one per row")
     graph, state = nnx.split(model)
     return _generate(graph, state, prompts, lengths, keys, max_new_tokens, sampling, stop)
 
@@ -96,9 +94,15 @@ def _generate(graph, state, prompts, lengths, keys, count, sampling, stop):
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, "B"] | None = None
 ) -> Int[Array, "B"]:
-    """One token per row; `keys` are needed unless the temperature is 0."""
+    """One token per row.
+
+    Raises:
+      ValueError: the temperature is not 0, and there are no keys.
+    """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if keys is None:
+        raise ValueError(f"{sampling} needs keys, one per row")
     logits = logits / sampling.temperature
     if sampling.top_p < 1:
         descending = jnp.sort(logits, axis=-1, descending=True)

@@ -1,6 +1,12 @@
 """Named architectures: TransNormerLLM, the Transformer beside it, GPT-2, hybrids."""
 
-from longctx.models.config import LightningConfig, MlpConfig, ModelConfig, SoftmaxConfig
+from longctx.models.config import (
+    LightningConfig,
+    MlpConfig,
+    ModelConfig,
+    ParallelConfig,
+    SoftmaxConfig,
+)
 from longctx.models.decoder import Decoder, build, count_parameters
 from longctx.models.named import BYTE_VOCAB, MODELS, tnl, transformer, without_gate
 
@@ -11,6 +17,7 @@ __all__ = [
     "LightningConfig",
     "MlpConfig",
     "ModelConfig",
+    "ParallelConfig",
     "SoftmaxConfig",
     "build",
     "count_parameters",

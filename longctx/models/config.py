@@ -8,6 +8,9 @@ from longctx.nn.mlp import Activation
 from longctx.nn.norm import NormKind
 from longctx.nn.position import NO_SCALING, RopeScaling
 from longctx.nn.stack import Remat
+from longctx.parallel.context import Strategy
+from longctx.parallel.lasp import Exchange
+from longctx.parallel.layout import Kind
 
 MIXERS = ("lightning", "softmax", "window")
 POSITIONS = ("mix", "lrpe_d", "exp_decay", "lrpe", "absolute")
@@ -64,6 +67,15 @@ class MlpConfig:
 
     def __post_init__(self) -> None:
         _choice("mlp kind", self.kind, ("glu", "mlp"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices along the mesh axis `seq` share one sequence."""
+
+    strategy: Strategy = "auto"  # of softmax layers: `context_attention`
+    states: Exchange = "all_gather"  # of lightning layers: `context_lightning`
+    layout: Kind = "contiguous"  # order of tokens; zigzag balances causal attention
 
 
 @dataclasses.dataclass(frozen=True)

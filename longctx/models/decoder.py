@@ -2,30 +2,40 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from longctx.models.config import ModelConfig, periods
+from longctx.models.config import ModelConfig, ParallelConfig, periods
 from longctx.nn.attention import SelfAttention
 from longctx.nn.cache import Cache
 from longctx.nn.lightning import LightningAttention
 from longctx.nn.linear import Embedding
 from longctx.nn.mlp import GLU, MLP
 from longctx.nn.norm import make_norm
-from longctx.nn.position import token_positions
+from longctx.nn.position import default_positions
 from longctx.nn.sharding import DEFAULT_AXES, Axes, place
 from longctx.nn.stack import Block, Segment, Stack
 from pallas_kernels.lightning_attention import alibi_log_decay, printed_log_decay
+
+ONE_DEVICE = ParallelConfig()
 
 
 class Decoder(nnx.Module):
     """Tokens to hidden vectors to logits; see `ModelConfig` for what it is made of."""
 
-    def __init__(self, config: ModelConfig, *, axes: Axes = DEFAULT_AXES, rngs: nnx.Rngs):
-        self.config, self.axes = config, axes
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        axes: Axes = DEFAULT_AXES,
+        parallel: ParallelConfig = ONE_DEVICE,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.axes, self.parallel = config, axes, parallel
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         embed = functools.partial(
             Embedding,
@@ -42,8 +52,8 @@ class Decoder(nnx.Module):
         self.position_table = embed(rows) if rows else None
         self.stack = Stack(
             [
-                Segment(tuple(functools.partial(make_block, config, k, axes) for k in kinds), n)
-                for kinds, n in periods(config.layer_kinds())
+                Segment(tuple(functools.partial(make_block, self, kind) for kind in kinds), repeats)
+                for kinds, repeats in periods(config.layer_kinds())
             ],
             remat=config.remat,
             unroll=config.unroll,
@@ -66,13 +76,13 @@ class Decoder(nnx.Module):
           tokens: in [0, vocab_size).
           doc_start: position in the row of the first token of each token's document, for packed
             rows; None: each row is one document.
-          positions: of each token in its document; counted from `doc_start` by default.
+          positions: of each token in its document; counted from `doc_start` by default, and
+            needed when the tokens are not in the order of their positions (zigzag).
 
         Raises:
-          ValueError: T exceeds the learned position table.
+          ValueError: T exceeds the learned position table; or positions are needed.
         """
-        if positions is None:
-            positions = token_positions(tokens.shape[1], doc_start)
+        self._check_length(tokens.shape[1])
         return self._hidden(tokens, None, positions, doc_start=doc_start)[0]
 
     def head(self) -> Float[Array, "V M"]:
@@ -102,8 +112,7 @@ class Decoder(nnx.Module):
           the logits after each row's last token, and the cache. Each row gets what it would get
           alone, whatever stands in the padding.
         """
-        positions = token_positions(tokens.shape[1], offset=cache.length)
-        hidden, new = self._hidden(tokens, cache, positions, lengths=lengths)
+        hidden, new = self._hidden(tokens, cache, None, lengths=lengths)
         if lengths is None:
             last = hidden[:, -1]
         else:
@@ -114,16 +123,30 @@ class Decoder(nnx.Module):
         """Continue each row by one token; returns the logits after it, and the cache."""
         return self.prefill(token[:, None], None, cache)
 
-    def _hidden(self, tokens, cache, positions, **where):
-        if cache is None:
-            self._check_length(tokens.shape[1])
+    def _hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache | None,
+        positions: Int[Array, "#B T"] | None,
+        *,
+        doc_start: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T M"], Any]:
+        if positions is None:
+            positions = default_positions(
+                tokens.shape[1],
+                doc_start=doc_start,
+                cache=cache,
+                layout=self.parallel.layout,
+                axis=self.axes.seq,
+            )
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.width)
         if self.position_table is not None:
             x = x + jnp.broadcast_to(self.position_table(positions), x.shape)
         x = place(x, self.axes.hidden)
-        x, cache = self.stack(x, cache, positions=positions, **where)
+        x, cache = self.stack(x, cache, positions=positions, doc_start=doc_start, lengths=lengths)
         return self.final_norm(x), cache
 
     def _check_length(self, length: int) -> None:
@@ -132,11 +155,9 @@ class Decoder(nnx.Module):
             raise ValueError(f"{length=} exceeds the table of learned positions, {rows=}")
 
 
-def make_block(
-    config: ModelConfig, kind: str, axes: Axes, layer: Int[Array, ""], rngs: nnx.Rngs
-) -> Block:
-    """One layer of the given kind; `layer` is its index, traced."""
-    c = config
+def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs) -> Block:
+    """One layer of `model`, of the given kind; `layer` is its index, traced."""
+    c, axes, parallel = model.config, model.axes, model.parallel
     shared = {
         "std": c.init_std,
         "dtype": jnp.dtype(c.dtype),
@@ -157,6 +178,8 @@ def make_block(
             gate=linear.gate,
             norm=linear.norm,
             norm_eps=c.norm_eps,
+            strategy=parallel.states,
+            layout=parallel.layout,
             **shared,
         )
     else:
@@ -172,6 +195,8 @@ def make_block(
             qk_norm=soft.qk_norm,
             window=soft.window if kind == "window" else None,
             norm_eps=c.norm_eps,
+            strategy=parallel.strategy,
+            layout=parallel.layout,
             **shared,
         )
     channel = GLU if c.mlp.kind == "glu" else MLP
@@ -193,9 +218,15 @@ def _log_decay(config: ModelConfig) -> Float[Array, "L H"]:
     return jnp.stack([family(heads, i, layers, temperature=temperature) for i in range(layers)])
 
 
-def build(config: ModelConfig, *, rngs: nnx.Rngs, axes: Axes = DEFAULT_AXES) -> Decoder:
+def build(
+    config: ModelConfig,
+    *,
+    rngs: nnx.Rngs,
+    axes: Axes = DEFAULT_AXES,
+    parallel: ParallelConfig = ONE_DEVICE,
+) -> Decoder:
     """The model that `config` describes, with random parameters."""
-    return Decoder(config, axes=axes, rngs=rngs)
+    return Decoder(config, axes=axes, parallel=parallel, rngs=rngs)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -3,14 +3,14 @@
 Each also works in a Linen model through `flax.nnx.bridge`.
 """
 
-from longctx.nn.attention import SelfAttention
+from longctx.nn.attention import RingAttention, SelfAttention
 from longctx.nn.cache import Cache
 from longctx.nn.lightning import Constant, LightningAttention
 from longctx.nn.linear import Embedding, Linear
 from longctx.nn.loss import chunked_cross_entropy
 from longctx.nn.mlp import GLU, MLP
 from longctx.nn.norm import LayerNorm, RMSNorm, SRMSNorm, make_norm
-from longctx.nn.position import LRPE, RopeScaling, rope, rope_frequencies, token_positions
+from longctx.nn.position import LRPE, RopeScaling, rope_frequencies, token_positions
 from longctx.nn.sharding import Axes
 from longctx.nn.stack import Block, Mixer, Segment, Stack
 
@@ -28,6 +28,7 @@ __all__ = [
     "Linear",
     "Mixer",
     "RMSNorm",
+    "RingAttention",
     "RopeScaling",
     "SRMSNorm",
     "Segment",
@@ -35,7 +36,6 @@ __all__ = [
     "Stack",
     "chunked_cross_entropy",
     "make_norm",
-    "rope",
     "rope_frequencies",
     "token_positions",
 ]

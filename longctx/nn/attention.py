@@ -1,18 +1,22 @@
 """Softmax self-attention as a module."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from longctx.attention.decode import decode_attention
+from longctx.attention.rotary import rope
 from longctx.nn.cache import Cache, check_cached_call
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.norm import RMSNorm
-from longctx.nn.position import NO_SCALING, RopeScaling, rope, rope_frequencies, token_positions
-from longctx.nn.sharding import DEFAULT_AXES, Axes
-from longctx.parallel.mesh import shard_operator
-from pallas_kernels.flash_attention import flash_attention
+from longctx.nn.position import NO_SCALING, RopeScaling, default_positions, rope_frequencies
+from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.parallel.context import Strategy, context_attention
+from longctx.parallel.layout import Kind, Layout
 
 
 class SelfAttention(nnx.Module):
@@ -31,6 +35,8 @@ class SelfAttention(nnx.Module):
       rope_scaling: stretches the frequencies for longer contexts.
       qk_norm: RMSNorm with weight on each head's q and k, before the rotation (2302.05442).
       window: how many tokens, itself included, a token sees; None: all.
+      strategy: how devices along `axes.seq` cooperate: `context_attention`.
+      layout: order of the tokens along `axes.seq`; positions must be given unless contiguous.
     """
 
     def __init__(
@@ -46,6 +52,8 @@ class SelfAttention(nnx.Module):
         qk_norm: bool = False,
         window: int | None = None,
         norm_eps: float = 1e-6,
+        strategy: Strategy = "auto",
+        layout: Layout | Kind = "contiguous",
         std: float = INIT_STD,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -60,6 +68,8 @@ class SelfAttention(nnx.Module):
             raise ValueError(f"{rope_fraction=} of {head_dim=} must be an even number of features")
         self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.window, self.axes, self.dtype = window, axes, dtype
+        self.strategy, self.layout = strategy, layout
+        self.cache_spec = P(axes.batch, axes.seq, axes.tensor, None)
         self.rope_base, self.rotated, self.rope_scaling = rope_base, rotated, rope_scaling
         kwargs = {
             "axes": axes,
@@ -101,49 +111,37 @@ class SelfAttention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         if self.rope_base is not None:
             if positions is None:
-                seen = None if cache is None else cache.length
-                positions = token_positions(T, doc_start, seen)
+                positions = default_positions(
+                    T, doc_start=doc_start, cache=cache, layout=self.layout, axis=self.axes.seq
+                )
             frequencies = rope_frequencies(self.rotated, self.rope_base, self.rope_scaling)
             q, k = rope(positions, frequencies, q, k)
         if cache is None:
-            o = self._attend(q, k, v, doc_start)
+            o = context_attention(
+                q,
+                k,
+                v,
+                strategy=self.strategy,
+                layout=self.layout,
+                window=self.window,
+                doc_start=doc_start,
+                **self.axes.operator,
+            )
         else:
-            new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            start, new = cache.length, jnp.full(B, T, jnp.int32) if lengths is None else lengths
             keys, values = (
-                _append(memory, x, cache.length, new)
+                place(append(memory, x, start, new), self.cache_spec)
                 for memory, x in zip(cache.memory, (k, v), strict=True)
             )
-            o = self._attend_cached(q, keys, values, cache.length)
+            o = decode_attention(q, keys, values, start, window=self.window, **self.axes.operator)
             cache = cache.advance((keys, values), new)
         return self.output(o.reshape(B, T, -1)), cache
 
-    def _attend(self, q, k, v, doc_start):
-        """Attention within x itself."""
 
-        def operator(q, k, v, doc_start):
-            if doc_start is None:
-                return flash_attention(q, k, v, window=self.window)
-            lo = jnp.maximum(doc_start, 0)
-            return flash_attention(q, k, v, window=self.window, lo=lo)
-
-        heads = self.axes.heads
-        specs = (heads, heads, heads, self.axes.tokens)
-        return shard_operator(operator, specs, heads)(q, k, v, doc_start)
-
-    def _attend_cached(self, q, k, v, start):
-        """Attention over the whole cache: row t of b sees up to token start[b] + t."""
-
-        def operator(q, k, v, start):
-            hi = start[:, None] + 1 + jnp.arange(q.shape[1], dtype=start.dtype)[None]
-            lo = jnp.zeros_like(hi) if self.window is None else jnp.maximum(hi - self.window, 0)
-            return flash_attention(q, k, v, causal=False, lo=lo, hi=hi)
-
-        heads = self.axes.heads
-        specs = (heads, heads, heads, P(self.axes.batch))
-        return shard_operator(operator, specs, heads)(q, k, v, start)
+RingAttention = functools.partial(SelfAttention, strategy="ring")
 
 
-def _append(
+def append(
     memory: Float[Array, "B S K D"],
     x: Float[Array, "B T K D"],
     start: Int[Array, "B"],

@@ -13,8 +13,10 @@ from longctx.nn.cache import Cache, check_cached_call
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.mlp import Activation, activation_function
 from longctx.nn.norm import NormKind, make_norm
-from longctx.nn.position import LRPE, token_positions
+from longctx.nn.position import LRPE, default_positions
 from longctx.nn.sharding import DEFAULT_AXES, Axes
+from longctx.parallel.lasp import Exchange, context_lightning
+from longctx.parallel.layout import Kind, Layout
 from longctx.parallel.mesh import shard_operator
 from pallas_kernels.lightning_attention import (
     lightning_attention,
@@ -51,6 +53,8 @@ class LightningAttention(nnx.Module):
       lrpe: encode positions in q and k, which doubles their width inside the operator.
       activation: of q and k; `value_activation` of v (the paper: none; MiniMax-01: silu).
       gate: "linear" (the paper's), "sigmoid" (MiniMax-01's) or "off".
+      strategy: how devices along `axes.seq` exchange states: `context_lightning`.
+      layout: order of the tokens along `axes.seq`; positions must be given unless contiguous.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class LightningAttention(nnx.Module):
         gate: Gate = "linear",
         norm: NormKind = "srms",
         norm_eps: float = 1e-6,
+        strategy: Exchange = "all_gather",
+        layout: Layout | Kind = "contiguous",
         std: float = INIT_STD,
         dtype: jax.typing.DTypeLike = jnp.float32,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -73,6 +79,7 @@ class LightningAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.num_heads, self.head_dim, self.axes = num_heads, head_dim, axes
+        self.strategy, self.layout = strategy, layout
         self.activation = activation_function(activation)
         self.value_activation = activation_function(value_activation)
         self.gate = _gate_function(gate)
@@ -119,42 +126,47 @@ class LightningAttention(nnx.Module):
         q, k, v = self.activation(q), self.activation(k), self.value_activation(v)
         if self.lrpe is not None:
             if positions is None:
-                seen = None if cache is None else cache.length
-                positions = token_positions(T, doc_start, seen)
+                positions = default_positions(
+                    T, doc_start=doc_start, cache=cache, layout=self.layout, axis=self.axes.seq
+                )
             q, k = self.lrpe(positions, q, k)
-        o, state = self._attend(q, k, v, cache, doc_start, lengths)
+        if cache is None:
+            o = context_lightning(
+                q,
+                k,
+                v,
+                jax.lax.stop_gradient(self.log_decay[...]),
+                strategy=self.strategy,
+                layout=self.layout,
+                doc_start=doc_start,
+                **self.axes.operator,
+            )
+        else:
+            o, state = self._continue(q, k, v, cache.memory, lengths)
+            cache = cache.advance(state, T if lengths is None else lengths)
         o = self.norm(o.reshape(B, T, -1))
         if self.gate is not None:
             o = o * self.gate(parts[..., 3, :])
-        new = T if lengths is None else lengths
-        return self.output(o), None if cache is None else cache.advance(state, new)
+        return self.output(o), cache
 
-    def _attend(
+    def _continue(
         self,
         q: Float[Array, "B T H D"],
         k: Float[Array, "B T H D"],
         v: Float[Array, "B T H E"],
-        cache: Cache | None,
-        doc_start: Int[Array, "B T"] | None,
+        state: Float[Array, "B H D E"],
         lengths: Int[Array, "B"] | None,
-    ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H D E"] | None]:
-        """The operator on each device's rows and heads."""
-        if cache is None:
-            operator, last = _train, doc_start
-        elif lengths is not None:
-            operator, last = _ragged_prefill, lengths
+    ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H D E"]]:
+        """Outputs and state after the new tokens, on each device's rows and heads."""
+        if lengths is not None:
+            operator = _ragged_prefill
         else:
-            operator, last = (_decode if q.shape[1] == 1 else _prefill), None
-        axes = self.axes
-        state = P(axes.batch, axes.tensor, None, None)
-        per_row = P(axes.batch) if lengths is not None else axes.tokens
-        log_decay = jax.lax.stop_gradient(self.log_decay[...])
-        sharded = shard_operator(
-            operator,
-            (axes.heads, axes.heads, axes.heads, P(axes.tensor), state, per_row),
-            (axes.heads, state),
-        )
-        return sharded(q, k, v, log_decay, cache and cache.memory, last)
+            operator = _decode if q.shape[1] == 1 else _prefill
+        batch, heads = self.axes.batch, self.axes.tensor
+        rows, states = P(batch, None, heads, None), P(batch, heads, None, None)
+        specs = (rows, rows, rows, P(heads), states, P(batch))
+        sharded = shard_operator(operator, specs, (rows, states))
+        return sharded(q, k, v, self.log_decay[...], state, lengths)
 
 
 def _gate_function(gate: Gate) -> Callable[[Array], Array] | None:
@@ -166,10 +178,6 @@ def _gate_function(gate: Gate) -> Callable[[Array], Array] | None:
         case "off":
             return None
     raise ValueError(f"{gate=} must be 'linear', 'sigmoid' or 'off'")
-
-
-def _train(q, k, v, log_decay, state, doc_start):
-    return lightning_attention(q, k, v, log_decay, doc_start=doc_start), state
 
 
 def _prefill(q, k, v, log_decay, state, _):

@@ -48,13 +48,8 @@ def chunked_cross_entropy(
         tokens, head, targets = unify_varying((tokens, head, targets), varying)
         return _nll(min(chunk, targets.size), tokens, head, targets).reshape(shape)
 
-    flat = tuple(a for entry in (axes.seq, axes.tensor) for a in _names(entry))
-    tokens = P(axes.batch, flat)
+    tokens = P(axes.batch, tuple(name for name in (axes.seq, axes.tensor) if name))
     return shard_operator(operator, (P(*tokens, None), P(), tokens), tokens)(hidden, head, targets)
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _chunks(chunk: int, *arrays: Array) -> list[Array]:

@@ -41,7 +41,7 @@ class RMSNorm(SRMSNorm):
         self.weight = parameter(jax.nn.initializers.ones, (width,), param_dtype, (None,), rngs)
 
     def _normalise(self, x: Float[Array, "*rows M"]) -> Float[Array, "*rows M"]:
-        return jnp.einsum("...m,m->...m", super()._normalise(x), self.weight[...])
+        return super()._normalise(x) * jnp.broadcast_to(self.weight[...], x.shape)
 
 
 class LayerNorm(RMSNorm):

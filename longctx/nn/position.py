@@ -8,28 +8,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.rotary import rope
+from longctx.nn.cache import Cache
 from longctx.nn.sharding import AxisName, parameter
+from longctx.parallel.layout import Kind, Layout, as_layout
+from longctx.parallel.mesh import sequence_axis
 
-__all__ = ["LRPE", "RopeScaling", "rope", "rope_frequencies", "token_positions"]
 
-
-def token_positions(
-    length: int,
-    doc_start: Int[Array, "B T"] | None = None,
-    offset: Int[Array, "B"] | None = None,
-) -> Int[Array, "#B T"]:
-    """Position of each token in its document.
-
-    position[b, t] = offset[b] + t - max(doc_start[b, t], 0), where an absent term is 0. `offset`
-    is the number of tokens that a cache already holds.
-    """
+def token_positions(length: int, doc_start: Int[Array, "B T"] | None = None) -> Int[Array, "#B T"]:
+    """Position of each token in its document: t - max(doc_start[b, t], 0)."""
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    if offset is not None:
-        positions = positions + offset[:, None]
-    if doc_start is not None:
-        positions = positions - jnp.maximum(doc_start, 0)
-    return positions
+    return positions if doc_start is None else positions - jnp.maximum(doc_start, 0)
+
+
+def default_positions(
+    length: int,
+    *,
+    doc_start: Int[Array, "B T"] | None,
+    cache: Cache | None,
+    layout: Layout | Kind,
+    axis: str | None,
+) -> Int[Array, "#B T"]:
+    """Positions of the tokens a module is called on, when the caller gives none.
+
+    Raises:
+      ValueError: they do not follow from the slots: the tokens are in another order than their
+        positions, or these are one device's tokens of a sharded sequence.
+    """
+    if cache is not None:
+        return cache.length[:, None] + token_positions(length)
+    devices, inside = sequence_axis(axis)
+    if (inside and devices > 1) or not as_layout(layout, devices).in_order:
+        raise ValueError(f"{layout=} over {devices} devices, {inside=}: give the tokens' positions")
+    return token_positions(length, doc_start)
 
 
 class LRPE(nnx.Module):
@@ -53,7 +63,8 @@ class LRPE(nnx.Module):
         self, positions: Int[Array, "#B T"], *arrays: Float[Array, "B T H D"]
     ) -> tuple[Float[Array, "B T H 2*D"], ...]:
         """Encode every array alike; the angle is computed in float32, once."""
-        angle = jnp.einsum("bt,hd->bthd", positions.astype(jnp.float32), self.theta[...])
+        # A product, not an einsum: matrix units would round positions beyond a few hundred.
+        angle = positions.astype(jnp.float32)[:, :, None, None] * self.theta[...][None, None]
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         return tuple(jnp.concatenate([x * cos, x * sin], axis=-1).astype(x.dtype) for x in arrays)
 

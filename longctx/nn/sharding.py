@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-type AxisName = str | tuple[str, ...] | None
+type AxisName = str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,23 +17,19 @@ class Axes:
     """Names of the mesh axes that a module's arrays are split over; None: not split.
 
     Parameters are split over `fsdp` and `tensor`, activations over `batch` and `seq`, heads and
-    MLP features over `tensor`. Axes that the mesh in use lacks count as size 1.
+    MLP features over `tensor`. Axes that the mesh in use lacks count as size 1, but for `seq`:
+    a mesh that lacks it wants `seq=None`.
     """
 
-    batch: AxisName = ("data", "fsdp")
+    batch: tuple[str, ...] = ("data", "fsdp")
     fsdp: AxisName = "fsdp"
     seq: AxisName = "seq"
     tensor: AxisName = "tensor"
 
     @property
-    def heads(self) -> P:
-        """Spec of q, k, v and o, [B, T, H, D]: an operator sees whole sequences of some heads."""
-        return P(self.batch, None, self.tensor, None)
-
-    @property
-    def tokens(self) -> P:
-        """Spec of [B, T] token attributes of an operator that sees whole sequences."""
-        return P(self.batch, None)
+    def operator(self) -> dict[str, Any]:
+        """The names, as the operators of `longctx.parallel` call them."""
+        return {"axis": self.seq, "batch_axes": self.batch, "head_axis": self.tensor}
 
     @property
     def hidden(self) -> P:
@@ -70,7 +67,7 @@ def place(x: Array, spec: P) -> Array:
     if not free:
         return x
 
-    def keep(entry: AxisName) -> tuple[str, ...] | None:
+    def keep(entry: Any) -> tuple[str, ...] | None:
         names = (entry,) if isinstance(entry, str) else tuple(entry or ())
         return tuple(name for name in names if name in free) or None
 
