@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("score a trained run by length and context", "longctx.commands:evaluate"),
     "generate": ("continue prompts with a trained run", "longctx.commands:generate"),
     "reproduce": ("run experiments of the papers", "longctx.reproduce.command:reproduce"),
+    "plan": ("compile a training step for a pod and report its cost", "longctx.plan:plan"),
     "check-device": ("check and time the kernels here", "longctx.check_device:check_device"),
 }
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 _COLLECTIVES = (
     "all-gather",
@@ -43,6 +44,8 @@ class Move:
     bytes: int
     synchronous: bool
     hidden_by: tuple[str, ...]
+    times: int = 1  # runs per call: more than one in the body of a loop of known length
+    devices: tuple[int, ...] = ()  # one group of members, or one pair of source and target
 
     @property
     def exposed(self) -> bool:
@@ -90,18 +93,29 @@ def verify_overlap(compiled: jax.stages.Compiled | str, *, copies_of: int | None
         raise ValueError("verify_overlap needs a scheduled program (is_scheduled=true)")
     program = _Program(text)
     moves, copies = [], []
-    for instructions in program.reachable():
+    for times, instructions in program.reachable():
         running: dict[str, tuple[_Instruction, list[str]]] = {}
         for i in instructions:
             if i.op in _COLLECTIVES:
-                moves.append(Move(i.op, i.name, i.bytes, True, ()))
+                moves.append(Move(i.op, i.name, i.bytes, True, (), times, program.group(i)))
             elif (kind := program.started(i)) is not None:
                 running[i.name] = (dataclasses.replace(i, op=kind), [])
             elif (source := next((n for n in i.operands if n in running), None)) is not None:
                 if i.op.endswith("-done"):
                     start, hidden_by = running.pop(source)
                     synchronous = '"is_sync":true' in start.rest or "is_sync=true" in start.rest
-                    moves.append(Move(start.op, start.name, i.bytes, synchronous, tuple(hidden_by)))
+                    members = program.group(start)
+                    moves.append(
+                        Move(
+                            start.op,
+                            start.name,
+                            i.bytes,
+                            synchronous,
+                            tuple(hidden_by),
+                            times,
+                            members,
+                        )
+                    )
             elif program.computes(i):
                 for _, hidden_by in running.values():
                     hidden_by.append(i.name)
@@ -153,18 +167,41 @@ class _Program:
             elif found := _INSTRUCTION.match(line):
                 body.append(_Instruction(**found.groupdict()))
 
-    def reachable(self) -> Iterator[list[_Instruction]]:
-        """The computations that run as their own sequence: not fusions' or reductions' bodies."""
-        seen, waiting = set(), [self.entry]
+    def reachable(self) -> Iterator[tuple[int, list[_Instruction]]]:
+        """The computations that run as their own sequence, and how often; not fusions' bodies."""
+        seen, waiting = set(), [(1, self.entry)]
         while waiting:
-            name = waiting.pop()
+            times, name = waiting.pop()
             if name in seen:
                 continue
             seen.add(name)
-            yield self.computations[name]
+            yield times, self.computations[name]
             for i in self.computations[name]:
                 if i.op in ("while", "conditional", "call"):
-                    waiting += i.called
+                    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+                    repeated = times * int(trips[1]) if trips else times
+                    waiting += [(repeated, called) for called in i.called]
+
+    def group(self, i: _Instruction) -> tuple[int, ...]:
+        """The first group of devices that a collective joins, or its first pair."""
+        if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", i.rest):
+            return tuple(map(int, found[1].split(",")))
+        iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.rest)
+        if iota:
+            shape, counted, order = (
+                tuple(map(int, part.split(","))) if part else None for part in iota.groups()
+            )
+            ids = np.arange(math.prod(counted)).reshape(counted)
+            return tuple(ids.transpose(order).reshape(shape)[0].tolist())
+        if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", i.rest):
+            sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
+            joined = re.findall(r"'(\w+)'", named[2])
+            ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+            return tuple(
+                ids[tuple(slice(None) if a in joined else 0 for a in sizes)].ravel().tolist()
+            )
+        inner = (j for name in i.called for j in self.computations.get(name, []))
+        return next((g for j in inner if (g := self.group(j))), ())
 
     def started(self, i: _Instruction) -> str | None:
         """The kind of the collective that `i` starts, if it starts one."""

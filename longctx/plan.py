@@ -1,0 +1,207 @@
+"""`longctx plan`: what a training step costs on a pod, found out without one.
+
+The step is compiled ahead of time for a real topology; the compiler then says how much memory
+each device needs and which collectives run when. No device of that kind has to be there, but its
+compiler has: libtpu for TPUs.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from longctx.cli import parse
+from longctx.errors import UserError
+from longctx.eval.nll import MODEL_FIELDS
+from longctx.models import count_parameters
+from longctx.parallel.mesh import BATCH, make_mesh
+from longctx.parallel.overlap import Move, verify_overlap
+from longctx.provenance import origin
+from longctx.train.config import RunConfig
+from longctx.train.flops import device_peak, step_flops
+from longctx.train.step import abstract_state, make_train_step
+
+# Bytes of device memory that programs may use, by the generation in a topology's name (makers'
+# sheets; a TPU7x chip is two devices).
+HBM = {
+    "v4": 32e9,
+    "v5e": 16e9,
+    "v5p": 95e9,
+    "v6e": 32e9,
+    "tpu7x": 96e9,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Compile the training step of a run for a pod and report memory, collectives and FLOPs."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name="")]
+    # Generation and shape, as in v5p:4x4x4, v5e:16x16, v6e:2x4, tpu7x:2x2x1.
+    topology: str = "v5p:2x2x1"
+    # Where the report goes as JSON; empty: only to the screen.
+    out: str = ""
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """`longctx plan NAME --topology v5p:4x4x4 [overrides]`."""
+    from longctx.commands import find_run
+
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("usage: longctx plan NAME [--topology v5p:4x4x4] [overrides]")
+    name, *overrides = arguments
+    default = PlanOptions(find_run(name))
+    options = parse(PlanOptions, f"plan {name}", overrides, default=default)
+    report = {"run": name} | report_of(options.run, options.topology)
+    show(report)
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(report | origin(), indent=2) + "\n")
+
+
+def topology_devices(topology: str) -> Sequence[jax.Device]:
+    """The devices of a topology such as "v5p:4x4x4".
+
+    Raises:
+      UserError: the compiler does not know it, or is not installed.
+    """
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
+        first = str(error).split("\n", maxsplit=1)[0]
+        raise UserError(f"topology {topology}: {first} (libtpu must be installed)") from error
+
+
+def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The training step of a run, compiled for the devices of `mesh`; nothing is allocated."""
+    shape = (config.data.batch_size, config.data.sequence_length)
+    sharding = NamedSharding(mesh, P(BATCH, "seq"))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, mesh)
+        return make_train_step(config).lower(state, dict.fromkeys(MODEL_FIELDS, tokens)).compile()
+
+
+def report_of(config: RunConfig, topology: str) -> dict[str, Any]:
+    """Everything that the compiled step says about itself.
+
+    Raises:
+      UserError: the mesh of the run does not have as many devices as the topology, or the step
+        needs more memory than the compiler is willing to plan for.
+    """
+    devices = topology_devices(topology)
+    if config.mesh.size != len(devices):
+        raise UserError(
+            f"{topology} has {len(devices)} devices; mesh data x fsdp x seq x tensor = "
+            f"{config.mesh.size} must use all of them"
+        )
+    mesh = make_mesh(config.mesh, devices=devices)
+    began = time.perf_counter()
+    try:
+        compiled = compile_step(config, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).split("\n", maxsplit=1)[0]
+        raise UserError(f"the step does not compile for {topology}: {first}") from error
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    # The state is donated: outputs that alias arguments need no memory of their own.
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+    available = HBM.get(topology.partition(":")[0])
+    length = config.data.sequence_length
+    flops = step_flops(config.model, length, config.tokens_per_step) / len(devices)
+    peak = device_peak(devices[0])
+    return {
+        "topology": topology,
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "mesh": config.mesh.shape,
+        "parameters": count_parameters(config.model),
+        "sequence_length": length,
+        "tokens_per_step": config.tokens_per_step,
+        "compile_seconds": seconds,
+        "bytes_per_device": {
+            "state_and_batch": memory.argument_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "outputs": outputs,
+            "all": needed,
+            "available": available,
+        },
+        "fits": None if available is None else needed <= available,
+        "flops_per_device": flops,
+        "seconds_at_peak": flops / peak if peak else None,
+        "collectives": collectives(verify_overlap(compiled).moves, mesh),
+    }
+
+
+def collectives(moves: Sequence[Move], mesh: Mesh) -> list[dict[str, Any]]:
+    """Collectives by kind and mesh axes: how often a step runs them, bytes, and what hides them."""
+    sums: dict[tuple[str, str], dict[str, float]] = defaultdict(
+        lambda: {"count": 0, "bytes": 0, "exposed": 0, "exposed_bytes": 0}
+    )
+    for move in moves:
+        row = sums[move.kind, "+".join(_axes(move.devices, mesh)) or "?"]
+        row["count"] += move.times
+        row["bytes"] += move.times * move.bytes
+        if move.exposed:
+            row["exposed"] += move.times
+            row["exposed_bytes"] += move.times * move.bytes
+    return [
+        {"kind": kind, "axes": axes, **row}
+        for (kind, axes), row in sorted(sums.items(), key=lambda item: -item[1]["bytes"])
+    ]
+
+
+def _axes(devices: Sequence[int], mesh: Mesh) -> list[str]:
+    """The mesh axes along which the members of a group differ."""
+    sizes = list(mesh.shape.values())
+    places = [
+        [index // math.prod(sizes[i + 1 :]) % size for i, size in enumerate(sizes)]
+        for index in devices
+    ]
+    return [axis for axis, along in zip(mesh.shape, zip(*places, strict=True), strict=True)
+            if len(set(along)) > 1] if places else []  # fmt: skip
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report."""
+    console, memory = Console(), report["bytes_per_device"]
+    used = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
+    console.print(
+        f"{report['run']}: {report['parameters'] / 1e9:.2f}B parameters, "
+        f"{report['tokens_per_step']:,} tokens a step in sequences of {report['sequence_length']:,}"
+    )
+    console.print(f"{report['topology']}: {report['devices']} devices, mesh {used or 'of one'}")
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[report["fits"]]
+    console.print(
+        f"memory per device: {memory['all'] / 1e9:.1f} GB "
+        f"(state and batch {memory['state_and_batch'] / 1e9:.1f}, "
+        f"temporary {memory['temporary'] / 1e9:.1f}): {verdict}"
+    )
+    console.print(f"compute per device: {report['flops_per_device'] / 1e12:.1f} TFLOP a step")
+    table = Table(title="collectives of one step, per device")
+    for column in ("kind", "axes", "count", "GB", "exposed", "exposed GB"):
+        table.add_column(column, justify="left" if column in ("kind", "axes") else "right")
+    for row in report["collectives"]:
+        table.add_row(
+            row["kind"],
+            row["axes"],
+            str(row["count"]),
+            f"{row['bytes'] / 1e9:.3f}",
+            str(row["exposed"]),
+            f"{row['exposed_bytes'] / 1e9:.3f}",
+        )
+    console.print(table)
