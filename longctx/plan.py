@@ -8,6 +8,7 @@ compiler has: libtpu for TPUs.
 import dataclasses
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -44,6 +45,15 @@ HBM = {
     "tpu7x": 96e9,
 }
 
+# Keeps libtpu from looking for a TPU, and from refusing to run beside another process.
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
@@ -78,6 +88,8 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
     Raises:
       UserError: the compiler does not know it, or is not installed.
     """
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
