@@ -43,7 +43,7 @@ def unsupported(spec: Spec) -> str | None:
     count = max(-(-spec.q_length // tiles.q), -(-spec.kv_length // tiles.kv))
     size = 16 * count * (spec.batch * spec.interval_heads or 1)
     if size > SCHEDULE_BYTES:
-        return f"the schedule of these intervals takes {size} > {SCHEDULE_BYTES} bytes"
+        return f"the intervals' schedule needs {size} > {SCHEDULE_BYTES} bytes of scalar memory"
     return None
 
 
