@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(f"usage: {PROGRAM} COMMAND ...   ({PROGRAM} COMMAND --help lists its options)\n")
         for command, (summary, _) in COMMANDS.items():
-            print(f"  {command:12}{summary}")
+            print(f"  {command:14}{summary}")
         return
     if name not in COMMANDS:
         fail(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from longctx.train.config import Tracker
+from longctx.train.config import RunError, Tracker
 
 type Record = dict[str, float | int | None]  # `step` and numbers by name
 
@@ -86,14 +86,14 @@ def open_sinks(out: pathlib.Path, trackers: Sequence[Tracker]) -> list[Sink]:
     """metrics.jsonl and the trackers asked for.
 
     Raises:
-      ValueError: the package of a tracker is not installed.
+      RunError: the package of a tracker is not installed.
     """
     sinks: list[Sink] = [JsonLines(out / "metrics.jsonl")]
     for name in trackers:
         try:
             sinks.append(TRACKERS[name](out))
         except ModuleNotFoundError as error:
-            raise ValueError(
+            raise RunError(
                 f"train.trackers: {name} needs the extra: pip install longctx[{name}]"
             ) from error
     return sinks

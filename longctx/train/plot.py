@@ -13,7 +13,8 @@ def plot_loss(out: pathlib.Path) -> pathlib.Path | None:
     """
     from matplotlib.figure import Figure  # slow to import, and needed once per run
 
-    records = read_metrics(out / "metrics.jsonl")
+    path = out / "metrics.jsonl"
+    records = read_metrics(path) if path.exists() else []
     if not records:
         return None
     figure = Figure(figsize=(7, 4), layout="constrained")

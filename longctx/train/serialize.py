@@ -5,8 +5,8 @@ import types
 import typing
 from typing import Any, Literal, Union
 
-# Names the class where an annotation allows several.
-KIND = "kind"
+# Names the class of an object; a keyword, which no field can be called.
+KIND = "class"
 
 
 def to_json(value: Any) -> Any:
@@ -80,9 +80,16 @@ def _from_fields(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where}={value!r} must be an object with the fields of {cls.__name__}")
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     given = {name: v for name, v in value.items() if name != KIND}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{where}.{name}: {cls.__name__} has no such field".lstrip("."))
-    return cls(**{n: from_json(hints[n], v, f"{where}.{n}".lstrip(".")) for n, v in given.items()})
+    for name in given.keys() - fields.keys():
+        raise ValueError(f"{_join(where, name)}: {cls.__name__} has no such field")
+    for name, field in fields.items():
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in given and not optional:
+            raise ValueError(f"{_join(where, name)} is missing")
+    return cls(**{n: from_json(hints[n], v, _join(where, n)) for n, v in given.items()})
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

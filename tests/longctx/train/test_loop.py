@@ -1,0 +1,159 @@
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from longctx.train import loop
+from longctx.train.config import RunError
+from longctx.train.loop import train
+from longctx.train.metrics import read_metrics
+from longctx.train.restore import load_run
+from tests.golden.losses import GOLDEN, check_golden
+from tests.longctx.train.runs import TRANSFORMER, tiny_run, write_text
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """Twenty steps without a break."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(tiny_run(source, profile="2:3", trackers=("tensorboard",)), out)
+    return out
+
+
+def losses(out):
+    return {r["step"]: r["loss"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r}
+
+
+def checkpoints(out):
+    return sorted(int(p.name) for p in (out / "checkpoints").iterdir())
+
+
+def test_what_a_run_leaves_behind(finished):
+    records = read_metrics(finished / "metrics.jsonl")
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 21))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    for record in steps:
+        # The text is ASCII and the boundary stands once: a byte is a token, nearly.
+        assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2), rel=1e-3)
+    assert steps[-1]["tokens_per_second"] > 0
+    assert steps[-1]["mfu"] is None  # no peak is known for a CPU
+    (held_out,) = [r for r in records if "valid_bits_per_byte" in r]
+    assert held_out["step"] == 20
+    assert abs(held_out["valid_bits_per_byte"] - steps[-1]["bits_per_byte"]) < 0.7
+    assert checkpoints(finished) == [15, 20]  # the newest two
+    assert (finished / "loss.png").stat().st_size > 5000
+    assert list((finished / "profile").rglob("*.xplane.pb"))
+    assert list((finished / "tensorboard").iterdir())
+
+
+def test_golden_losses_of_tnl(finished):
+    check_golden("tnl", losses(finished))
+
+
+@pytest.mark.slow
+def test_golden_losses_of_the_transformer(source, tmp_path):
+    train(tiny_run(source, TRANSFORMER), tmp_path)
+    check_golden("transformer", losses(tmp_path))
+
+
+def test_golden_runs_differ():
+    assert GOLDEN["tnl"] != GOLDEN["transformer"]
+
+
+def test_killed_and_stopped_runs_resume_bitwise(source, finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "broken"
+    command = [sys.executable, "-m", "tests.longctx.train.killed", source, str(out), "13"]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert max(losses(out)) in (11, 12)
+
+    put_batch, calls = loop.put_batch, 0
+
+    def put_and_terminate(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(*args)
+
+    monkeypatch.setattr(loop, "put_batch", put_and_terminate)
+    with pytest.raises(SystemExit) as stopped:
+        train(tiny_run(source), out)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    last = checkpoints(out)[-1]
+    assert last in (8, 13)  # three steps after the checkpoint that the kill left behind
+    assert f"stopped by a signal after step {last}" in capsys.readouterr().out
+
+    train(tiny_run(source), out)
+    assert f"after step {last}" in capsys.readouterr().out
+    assert losses(out) == losses(finished)  # bit for bit
+    assert len(read_metrics(out / "metrics.jsonl")) == len(read_metrics(finished / "metrics.jsonl"))
+
+
+def test_a_finished_run_stays_as_it_is(source, finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    train(tiny_run(source), finished)
+    assert "after step 20" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def damage(checkpoint, pattern):
+    """Cut every file that matches to half its size."""
+    files = [p for p in checkpoint.rglob(pattern) if p.is_file() and p.stat().st_size > 1]
+    assert files
+    for path in files:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("pattern", ["*", "d/*", "manifest.ocdbt", "_METADATA", "process_*.json"])
+def test_truncated_checkpoint_is_skipped(source, finished, tmp_path, capsys, pattern):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    damage(out / "checkpoints" / "20", pattern)
+    half = out / "checkpoints" / "25.orbax-checkpoint-tmp"
+    half.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "steps", lambda self, stop: None)
+        train(tiny_run(source), out)
+    said = capsys.readouterr().out
+    assert "20: it cannot be read" in said
+    assert f"{half.name}: half-written" in said
+    assert "after step 15" in said
+    assert max(losses(out)) == 15
+
+
+def test_no_good_checkpoint_is_an_error(source, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for step in (15, 20):
+        damage(out / "checkpoints" / str(step), "*")
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
+        train(tiny_run(source), out)
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be read"):
+        load_run(out)
+
+
+def test_another_run_in_the_same_directory_is_an_error(source, finished):
+    config = tiny_run(source)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=1))
+    with pytest.raises(RunError, match=r"data\.seed 0 -> 1"):
+        train(other, finished)
+
+
+def test_more_devices_than_there_are(source, tmp_path):
+    config = tiny_run(source)
+    many = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=16))
+    with pytest.raises(RunError, match="needs 16 devices"):
+        train(many, tmp_path)
