@@ -1,0 +1,142 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longctx.parallel import context_attention, context_lightning, make_mesh, verify_overlap
+from tests import topologies as local_topologies
+
+KERNEL = 'custom-call(%q, %kv), custom_call_target="tpu_custom_call"'
+SCHEDULE = """HloModule jit_f, is_scheduled=true, entry_computation_layout={{()->f32[]}}
+
+%loop_body (p: (bf16[4,8])) -> (bf16[4,8]) {{
+  %p = (bf16[4,8]) parameter(0)
+  %x = bf16[4,8] get-tuple-element(%p), index=0
+  %all = f32[16,8]{{1,0}} all-gather(%x), dimensions={{0}}
+  ROOT %t = (bf16[4,8]) tuple(%x)
+}}
+
+%cond (p.1: (bf16[4,8])) -> pred[] {{
+  %p.1 = (bf16[4,8]) parameter(0)
+  ROOT %true = pred[] constant(true)
+}}
+
+ENTRY %main (q: bf16[4,8], kv: bf16[4,8]) -> bf16[4,8] {{
+  %q = bf16[4,8]{{1,0}} parameter(0)
+  %kv = bf16[4,8]{{1,0}} parameter(1)
+  %start = (bf16[4,8]{{1,0}}, bf16[4,8]{{1,0}}, u32[], u32[]) collective-permute-start(%kv){config}
+  {between}
+  %done = bf16[4,8]{{1,0}} collective-permute-done(%start)
+  %kept = bf16[4,8]{{1,0}} copy(%done)
+  %w = (bf16[4,8]) while(%tuple), condition=%cond, body=%loop_body
+  ROOT %r = bf16[4,8]{{1,0}} {kernel}
+}}
+"""
+
+
+def schedule(between="", config=""):
+    return SCHEDULE.format(kernel=KERNEL, between=between, config=config)
+
+
+def test_reads_a_schedule():
+    hidden = verify_overlap(schedule(f"%attention = bf16[4,8] {KERNEL}"), copies_of=64)
+    permute, gather = hidden.moves
+    assert (permute.kind, permute.bytes, permute.synchronous) == ("collective-permute", 64, False)
+    assert permute.hidden_by == ("attention",) and not permute.exposed
+    assert (gather.kind, gather.bytes, gather.synchronous) == ("all-gather", 512, True)
+    assert hidden.exposed == (gather,) and hidden.of("all-gather") == (gather,)
+    assert hidden.copies == (("kept", 64),)
+    assert "behind attention" in str(hidden) and "synchronous" in str(hidden)
+    light = "%c = bf16[4,8] fusion(%q), kind=kLoop, calls=%cond"
+    assert verify_overlap(schedule(light)).moves[0].exposed
+    sync = schedule(config=', backend_config={"is_sync":true}')
+    assert verify_overlap(sync).moves[0].synchronous
+    with pytest.raises(ValueError, match="scheduled"):
+        verify_overlap("HloModule jit_f, entry_computation_layout={()->f32[]}")
+
+
+def compile_for(devices, operator, *, local, heads=2, backward=True):
+    """`operator(q, k, v)` and its gradients for `devices`, `local` tokens each, D = 128."""
+    mesh = make_mesh(seq=len(devices), devices=devices)
+    place = NamedSharding(mesh, P(None, "seq"))
+    shape = (1, local * len(devices), heads, 128)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+    def both(q, k, v, do):
+        o, pull = jax.vjp(operator, q, k, v)
+        return (o, *pull(do)) if backward else o
+
+    with jax.set_mesh(mesh):
+        return jax.jit(both).lower(x, x, x, x).compile()
+
+
+def tpu_devices(generation, count):
+    devices = list(local_topologies.tpu_mesh(generation, {"x": 4}).devices)
+    if count == 4:
+        return devices
+    name = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}[generation]
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def assert_ring_is_hidden(overlap, devices):
+    """Every move of a forward and a backward lies behind a block, and there are no others."""
+    moves = overlap.of("collective-permute")
+    assert overlap.moves == moves
+    # Forward and backward move the keys, the backward their gradients too.
+    assert len(moves) == 3 * (devices - 1)
+    assert not overlap.exposed, str(overlap)
+    assert not any(move.synchronous for move in moves), str(overlap)
+
+
+RING = functools.partial(context_attention, strategy="ring", layout="zigzag")
+
+
+@pytest.mark.parametrize(
+    ("generation", "devices"),
+    [
+        ("v5e", 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("v5p", 4), ("v6e", 4), ("v5e", 16), ("v5p", 16), ("v6e", 16))
+        ),
+    ],
+)
+def test_ring_on_tpus(generation, devices):
+    compiled = compile_for(tpu_devices(generation, devices), RING, local=256)
+    assert_ring_is_hidden(verify_overlap(compiled), devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_ring_on_h100(devices):
+    mesh = local_topologies.gpu_mesh({"x": devices})
+    compiled = compile_for(list(mesh.devices), RING, local=1024)
+    assert_ring_is_hidden(verify_overlap(compiled), devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", [False, True])
+def test_temporary_memory_does_not_grow_with_the_number_of_devices(backward):
+    """With shards too large for the chip's fast memory, at a fixed length per device."""
+    four, sixteen = (
+        compile_for(tpu_devices("v5e", n), RING, local=8192, heads=16, backward=backward)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for n in (4, 16)
+    )
+    assert sixteen <= 1.1 * four
+
+
+@pytest.mark.slow
+def test_lasp_on_tpus_gathers_states_only():
+    def lightning(q, k, v):
+        return context_lightning(q, k, v, jnp.full(2, -0.1), layout="zigzag")
+
+    overlap = verify_overlap(compile_for(tpu_devices("v5e", 4), lightning, local=256))
+    state = 2 * 2 * 128 * 128 * 4  # two runs of two heads
+    assert [move.bytes for move in overlap.of("all-gather")] == [4 * state] * 2
+    assert overlap.moves == overlap.of("all-gather")
