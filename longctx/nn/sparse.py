@@ -15,13 +15,13 @@ from longctx.attention.coded_cache import (
     coded_cache_attention,
     drop_codes,
 )
+from longctx.attention.slots import append
 from longctx.attention.sparse import (
     hash_matrix,
     hash_rows,
     hash_sparse_attention,
     qk_sparse_attention,
 )
-from longctx.nn.attention import append
 from longctx.nn.cache import Cache, check_cached_call
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.sharding import DEFAULT_AXES, Axes

@@ -1,0 +1,201 @@
+"""Tensorized attention as a module."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from longctx.attention.mixed_radix import Dims, Order, Positions, make_hops
+from longctx.attention.slots import append
+from longctx.attention.tensorized import Variant, tensorized_attention
+from longctx.attention.tensorized_cache import ring_lengths, tensorized_cache_attention
+from longctx.nn.cache import Cache, check_cached_call
+from longctx.nn.linear import INIT_STD, Linear
+from longctx.nn.norm import RMSNorm
+from longctx.nn.position import NO_SCALING, RopeScaling, rope_frequencies
+from longctx.nn.sharding import DEFAULT_AXES, Axes, parameter
+from longctx.parallel.mesh import sequence_axis, shard_operator
+
+
+class TensorizedAttention(nnx.Module):
+    """Attention along the dimensions of the folded sequence (arXiv 2410.20926).
+
+    y = tensorized_attention(q, k, v) Wo; projections, RoPE and modes are those of
+    `SelfAttention`, whose weights it takes unchanged. The cache holds keys (not rotated), values,
+    and for every hop but the first a ring of the values it reads.
+
+    Args:
+      width: of the model, M.
+      num_heads: H query heads of `head_dim` features.
+      dims: of the folded sequence, fast to slow; see `tensorized_attention` for this and for
+        `variant`, `order` and `positions`. With n_1 at least the trained length, an imported
+        model computes the same as before on its first n_1 tokens.
+      self_bias: initial value of the learned score that a token gets with itself in every hop
+        but the fastest ("mixed_radix" only); None: no such score.
+      num_kv_heads, rope_base, rope_fraction, rope_scaling, qk_norm: as in `SelfAttention`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        dims: Dims,
+        variant: Variant = "mixed_radix",
+        order: Order = "slow_first",
+        positions: Positions = "digit",
+        self_bias: float | None = 4.0,
+        num_kv_heads: int | None = None,
+        rope_base: float | None = 10000.0,
+        rope_fraction: float = 1.0,
+        rope_scaling: RopeScaling = NO_SCALING,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        std: float = INIT_STD,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        axes: Axes = DEFAULT_AXES,
+        rngs: nnx.Rngs,
+    ):
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} must divide {num_heads=}")
+        if variant == "kronecker":
+            raise ValueError(f"{variant=} is bidirectional: a decoder cannot use it")
+        self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
+        self.dims, self.variant, self.order, self.positions = dims, variant, order, positions
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling
+        self.rotated = round(head_dim * rope_fraction)
+        self.axes, self.dtype = axes, dtype
+        kwargs = {
+            "axes": axes,
+            "std": std,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        spread = (axes.fsdp, None, axes.tensor)
+        self.query = Linear(width, (1, num_heads * head_dim), spec=spread, **kwargs)
+        self.key_value = Linear(width, (2, kv_heads * head_dim), spec=spread, **kwargs)
+        self.output = Linear(num_heads * head_dim, width, spec=(axes.tensor, axes.fsdp), **kwargs)
+        norm = {"param_dtype": param_dtype, "rngs": rngs}
+        self.query_norm = RMSNorm(head_dim, norm_eps, **norm) if qk_norm else None
+        self.key_norm = RMSNorm(head_dim, norm_eps, **norm) if qk_norm else None
+        biased = self_bias is not None and variant == "mixed_radix" and len(dims) > 1
+        self.self_bias = self._make_bias(self_bias, rngs) if biased else None
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """A cache without tokens that can hold `max_length` per row."""
+        if self.variant != "mixed_radix":
+            raise NotImplementedError(f"variant={self.variant!r} has no decoding; mixed_radix has")
+
+        def rows(length: int, heads: int) -> Array:
+            return jnp.zeros((batch, length, heads, self.head_dim), self.dtype)
+
+        rings = ring_lengths(self._hops(max_length), max_length)
+        keys, values = (rows(max_length, self.kv_heads) for _ in range(2))
+        memory = (keys, values, tuple(rows(length, self.num_heads) for length in rings))
+        return Cache(jnp.zeros(batch, jnp.int32), memory)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T M"],
+        cache: Cache | None = None,
+        *,
+        positions: Int[Array, "#B T"] | None = None,
+        doc_start: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B T M"], Cache | None]:
+        """Mix tokens. `positions` mean nothing here: hops count distances themselves."""
+        del positions  # part of the signature all mixers share
+        check_cached_call(cache, lengths, doc_start)
+        devices, _ = sequence_axis(self.axes.seq)
+        if devices > 1:
+            raise NotImplementedError(
+                f"TensorizedAttention needs whole sequences, and axis {self.axes.seq!r} splits "
+                f"them over {devices} devices: use a mesh with seq=1"
+            )
+        B, T, _ = x.shape
+        kv = self.key_value(x)
+        q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
+        k, v = (kv[..., i, :].reshape(B, T, self.kv_heads, self.head_dim) for i in range(2))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if cache is None:
+            o = self._attend(q, k, v, doc_start)
+        else:
+            new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            keys, values, rings = cache.memory
+            keys, values = (append(m, x, cache.length, new) for m, x in ((keys, k), (values, v)))
+            o, rings = self._attend_cached(q, keys, values, rings, cache.length, new)
+            cache = cache.advance((keys, values, rings), new)
+        return self.output(o.reshape(B, T, -1)), cache
+
+    def _make_bias(self, value: float, rngs: nnx.Rngs) -> nnx.Param[Array]:
+        initial = jax.nn.initializers.constant(value)
+        shape = (len(self.dims) - 1, self.num_heads)
+        return parameter(initial, shape, jnp.float32, (None, self.axes.tensor), rngs)
+
+    def _frequencies(self) -> Float[Array, "D/2"] | None:
+        if self.rope_base is None:
+            return None
+        return rope_frequencies(self.rotated, self.rope_base, self.rope_scaling)
+
+    def _bias(self) -> Float[Array, "L H"] | None:
+        return None if self.self_bias is None else self.self_bias[...]
+
+    def _hops(self, length: int):
+        scale = 1 / math.sqrt(self.head_dim)
+        return make_hops(self.dims, length, self.order, self.positions, scale, "auto")
+
+    def _attend(self, q, k, v, doc_start):
+        order = self.order if self.variant in ("mixed_radix", "dominance") else None
+        options = {"dims": self.dims, "variant": self.variant, "order": order}
+
+        def operator(q, k, v, doc_start, bias, frequencies):
+            return tensorized_attention(
+                q,
+                k,
+                v,
+                doc_start=doc_start,
+                self_bias=bias,
+                frequencies=frequencies,
+                positions=self.positions,
+                **options,
+            )
+
+        heads, bias, row = self._specs()
+        specs = (heads, heads, heads, row, bias, P(None))
+        args = (q, k, v, doc_start, self._bias(), self._frequencies())
+        return shard_operator(operator, specs, heads)(*args)
+
+    def _attend_cached(self, q, keys, values, rings, start, new):
+        hops = self._hops(keys.shape[1])
+
+        def operator(q, keys, values, rings, start, new, bias, frequencies):
+            return tensorized_cache_attention(
+                q,
+                keys,
+                values,
+                rings,
+                start,
+                new,
+                hops=hops,
+                self_bias=bias,
+                frequencies=frequencies,
+            )
+
+        heads, bias, _ = self._specs()
+        batch = P(self.axes.batch)
+        specs = (heads, heads, heads, heads, batch, batch, bias, P(None))
+        args = (q, keys, values, rings, start, new, self._bias(), self._frequencies())
+        return shard_operator(operator, specs, (heads, heads))(*args)
+
+    def _specs(self) -> tuple[P, P, P]:
+        """Of [B, T, H, D], of [L, H] and of [B, T]."""
+        batch, heads = self.axes.batch, self.axes.tensor
+        return P(batch, None, heads, None), P(None, heads), P(batch, None)

@@ -1,0 +1,94 @@
+"""TensorizedAttention: prefill and decode equal the full pass; it starts as dense attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from longctx.nn.attention import SelfAttention
+from longctx.nn.tensorized import TensorizedAttention
+from longctx.parallel.mesh import make_mesh
+from tests.harness import assert_close
+
+WIDTH, HEADS, HEAD_DIM, LENGTH = 16, 4, 8, 40
+
+
+def make(seed=0, **options):
+    options = {"dims": (8, 8), "num_kv_heads": 2, "std": 0.5} | options
+    return TensorizedAttention(WIDTH, HEADS, HEAD_DIM, rngs=nnx.Rngs(seed), **options)
+
+
+def tokens(batch=2, length=LENGTH):
+    return jax.random.normal(jax.random.key(5), (batch, length, WIDTH))
+
+
+@nnx.jit
+def run(module, x, *args, **kwargs):
+    return module(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dims": (4, 3, None), "positions": "global"},
+        {"dims": (4, 4, 4), "order": "fast_first", "num_kv_heads": None},
+        {"dims": (64,), "self_bias": None},
+    ],
+)
+def test_prefill_and_decode_equal_the_full_pass(options):
+    module, x = make(**options), tokens()
+    full, nothing = run(module, x)
+    assert nothing is None
+    lengths = jnp.asarray([17, 9])
+    y, cache = run(module, x[:, :17], module.init_cache(2, LENGTH), lengths=lengths)
+    for b, n in enumerate(lengths):
+        assert_close(y[b, :n], full[b, :n], 1e-5)
+    for count in (1, 1, 6, 1):  # one by one, and several at once
+        at = cache.length[:, None] + jnp.arange(count)[None]
+        new, want = (jnp.take_along_axis(z, at[..., None], 1) for z in (x, full))
+        y, cache = run(module, new, cache)
+        assert_close(y, want, 1e-5)
+
+
+def test_slow_first_keeps_a_ring_of_the_fast_window():
+    *_, rings = make().init_cache(2, LENGTH).memory
+    assert [ring.shape for ring in rings] == [(2, 8, HEADS, HEAD_DIM)]
+
+
+def test_starts_as_dense_attention_on_the_first_window():
+    """With the weights of `SelfAttention`: what an adapted model begins with."""
+    shape = dict(num_kv_heads=2, std=0.5, rngs=nnx.Rngs(0))
+    dense = SelfAttention(WIDTH, HEADS, HEAD_DIM, **shape)
+    module = make(dims=(16, 4))
+    for name in ("query", "key_value", "output"):
+        getattr(module, name).kernel[...] = getattr(dense, name).kernel[...]
+    want, _ = run(dense, tokens())
+    got, _ = run(module, tokens())
+    assert_close(got[:, :16], want[:, :16], 1e-5)
+    assert np.abs(got[:, 16:] - want[:, 16:]).max() > 1e-2
+
+
+def test_on_a_mesh_equals_one_device_and_a_split_sequence_is_refused():
+    module, x = make(), tokens(batch=4)
+
+    def loss(module, x):
+        return jnp.sum(module(x)[0] ** 2)
+
+    grad = nnx.jit(nnx.grad(loss))
+    want, want_grads = run(module, x)[0], grad(module, x)
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        got, grads = run(module, x)[0], grad(module, x)
+    assert_close(got, want, 1e-5)
+    assert_close(grads, want_grads, 1e-5)
+    assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(grads))
+    with jax.set_mesh(make_mesh(seq=2)), pytest.raises(NotImplementedError, match="seq"):
+        module(x)
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="kronecker"):
+        make(variant="kronecker")
+    with pytest.raises(NotImplementedError, match="decoding"):
+        make(variant="hierarchical").init_cache(1, 8)
