@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.attention.decode import decode_attention
 from longctx.attention.rotary import rope
+from longctx.attention.slots import append
 from longctx.nn.cache import Cache, check_cached_call
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.norm import RMSNorm
@@ -139,19 +140,3 @@ class SelfAttention(nnx.Module):
 
 
 RingAttention = functools.partial(SelfAttention, strategy="ring")
-
-
-def append(
-    memory: Float[Array, "B S K D"],
-    x: Float[Array, "B T K D"],
-    start: Int[Array, "B"],
-    new: Int[Array, "B"],
-) -> Float[Array, "B S K D"]:
-    """`memory` with the first new[b] tokens of x[b] written from start[b] on.
-
-    Padding, and what no longer fits, goes nowhere.
-    """
-    step = jnp.arange(x.shape[1], dtype=start.dtype)[None]
-    slot = jnp.where(step < new[:, None], start[:, None] + step, memory.shape[1])
-    row = jnp.broadcast_to(jnp.arange(x.shape[0])[:, None], slot.shape)
-    return memory.at[row, slot].set(x.astype(memory.dtype), mode="drop")
