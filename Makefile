@@ -38,5 +38,9 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+
 clean:
 	rm -rf .venv runs build dist
