@@ -14,7 +14,7 @@ from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.mlp import Activation, activation_function
 from longctx.nn.norm import NormKind, make_norm
 from longctx.nn.position import LRPE, default_positions
-from longctx.nn.sharding import DEFAULT_AXES, Axes
+from longctx.nn.sharding import DEFAULT_AXES, Axes, split_over
 from longctx.parallel.lasp import Exchange, context_lightning
 from longctx.parallel.layout import Kind, Layout
 from longctx.parallel.mesh import shard_operator
@@ -100,7 +100,7 @@ class LightningAttention(nnx.Module):
             log_decay = jnp.zeros(num_heads, jnp.float32)
         if log_decay.shape != (num_heads,):
             raise ValueError(f"log_decay.shape={log_decay.shape} must be ({num_heads},)")
-        self.log_decay = Constant(log_decay, out_sharding=(axes.tensor,), eager_sharding=False)
+        self.log_decay = Constant(log_decay, **split_over((axes.tensor,)))
 
     def init_cache(self, batch: int, max_length: int = 0) -> Cache:
         """A cache without tokens; its size does not depend on `max_length`."""

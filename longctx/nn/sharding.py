@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import meta as linen_meta
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -40,6 +41,20 @@ class Axes:
 DEFAULT_AXES = Axes()
 
 
+def split_over(spec: Sequence[AxisName]) -> dict[str, Any]:
+    """Metadata of a variable that is split over the named mesh axes, wherever it is created.
+
+    `nnx.get_partition_spec` reads the names, in Linen `flax.linen.get_partition_spec`; nothing is
+    placed here, so that a module can be made without a mesh, under `jit` with output shardings,
+    or abstractly.
+    """
+    return {
+        "out_sharding": tuple(spec),
+        "eager_sharding": False,
+        "linen_meta_type": linen_meta.Partitioned,
+    }
+
+
 def parameter(
     initializer: Callable[..., Array],
     shape: Sequence[int],
@@ -47,13 +62,8 @@ def parameter(
     spec: Sequence[AxisName],
     rngs: nnx.Rngs,
 ) -> nnx.Param[Array]:
-    """A parameter that knows its sharding, wherever it is created.
-
-    `nnx.get_partition_spec` reads the names; nothing is placed here, so that a module can be
-    made without a mesh, under `jit` with output shardings, or abstractly.
-    """
-    value = initializer(rngs.params(), tuple(shape), dtype)
-    return nnx.Param(value, out_sharding=tuple(spec), eager_sharding=False)
+    """A parameter that knows how it is split."""
+    return nnx.Param(initializer(rngs.params(), tuple(shape), dtype), **split_over(spec))
 
 
 def place(x: Array, spec: P) -> Array:

@@ -35,16 +35,19 @@ class Draw(nnx.Variable):
     """Raw PRNG key data, uint32 [2], of what a module draws at random in every call."""
 
 
-def redraw(model: nnx.Module) -> None:
-    """Give every module of `model` that draws at random another key, derived from its last."""
+def redraw(state: nnx.State) -> nnx.State:
+    """`state` with another key, derived from its last, in every `Draw`."""
 
     def next_key(data: Array) -> Array:
         if data.ndim > 1:  # stacked layers
             return jax.vmap(next_key)(data)
         return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data), 1))
 
-    draws = nnx.state(model, Draw)
-    nnx.update(model, jax.tree.map(next_key, draws))
+    def renew(variable: nnx.Variable) -> nnx.Variable:
+        drawn = isinstance(variable, Draw)
+        return variable.replace(next_key(variable[...])) if drawn else variable
+
+    return jax.tree.map(renew, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class TiedAttention(nnx.Module):

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import zlib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from longctx.models import Decoder, LightningConfig, MlpConfig, ModelConfig, SoftmaxConfig, build
@@ -14,7 +18,6 @@ TINY = ModelConfig(
     lightning=LightningConfig(num_heads=2, head_dim=8),
     softmax=SoftmaxConfig(num_heads=4, num_kv_heads=2, head_dim=8, window=4),
     mlp=MlpConfig(width=24),
-    init_std=0.3,  # large, so that no part of a model is lost in rounding
     dtype="float32",
 )
 
@@ -39,7 +42,22 @@ CONFIGS = {
 }
 
 
+def abstract_model(config: str | ModelConfig) -> Decoder:
+    """The model without values."""
+    config = CONFIGS[config] if isinstance(config, str) else config
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
 @functools.cache
 def tiny_model(config: str | ModelConfig) -> Decoder:
-    config = CONFIGS[config] if isinstance(config, str) else config
-    return nnx.jit(lambda: build(config, rngs=nnx.Rngs(0)))()
+    """The model with every parameter drawn from normal(0, 0.3), by its path: quick, and large
+    enough that no part of it is lost in rounding."""
+    graph, params, _ = nnx.split(abstract_model(config), nnx.Param, ...)
+
+    def draw(path, x):
+        random = np.random.default_rng(zlib.crc32(str(path).encode()))
+        return jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype)
+
+    real = CONFIGS[config] if isinstance(config, str) else config
+    constants = jax.jit(lambda: nnx.split(build(real, rngs=nnx.Rngs(0)), nnx.Param, ...)[2])()
+    return nnx.merge(graph, jax.tree.map_with_path(draw, params), constants)
