@@ -3,16 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 
+from longctx.attention.mixed_radix import Order, Positions
+from longctx.attention.tensorized import Variant
 from longctx.nn.lightning import Gate
 from longctx.nn.mlp import Activation
 from longctx.nn.norm import NormKind
 from longctx.nn.position import NO_SCALING, RopeScaling
+from longctx.nn.sparse import KeyNorm
 from longctx.nn.stack import Remat
 from longctx.parallel.context import Strategy
 from longctx.parallel.lasp import Exchange
 from longctx.parallel.layout import Kind
 
-MIXERS = ("lightning", "softmax", "window")
+MIXERS = ("lightning", "softmax", "window", "tied", "hash", "drop", "tensorized")
 POSITIONS = ("mix", "lrpe_d", "exp_decay", "lrpe", "absolute")
 SLOPES = ("alibi", "printed")
 
@@ -44,7 +47,10 @@ class LightningConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxConfig:
-    """The attention of a model's "softmax" and "window" layers."""
+    """The attention of a model's "softmax", "window" and "tensorized" layers.
+
+    Of "tied", "hash" and "drop" layers, which have no rotation, it gives the heads.
+    """
 
     num_heads: int = 8  # query heads
     num_kv_heads: int = 8  # key/value heads, a divisor of num_heads
@@ -55,6 +61,26 @@ class SoftmaxConfig:
     rope_scaling: RopeScaling = NO_SCALING  # stretches wavelengths beyond the trained length
     qk_norm: bool = False  # RMSNorm of each head's q and k
     window: int = 1024  # tokens seen in "window" layers; "softmax" layers see all
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig:
+    """What "tied", "hash" and "drop" layers add: keys are normalised queries (2306.01160)."""
+
+    key_norm: KeyNorm = "head"  # author code: head in sparse models, all in the dense baseline
+    num_buckets: int = 16  # "hash": paper, at 8192 tokens; 512 tokens a bucket
+    drop: float = 0.3  # "drop": of queries and of keys (paper: 0.3, 0.5, 0.7)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorizedConfig:
+    """What "tensorized" layers add to the softmax attention's numbers (2410.20926)."""
+
+    dims: tuple[int | None, ...] = (512, None)  # fast to slow; None: as long as needed (ours)
+    variant: Variant = "mixed_radix"  # ours: the paper's causal rule could not be verified
+    order: Order = "slow_first"  # ours
+    positions: Positions = "digit"  # ours; "global": RoPE sees distances in tokens
+    self_bias: float | None = 4.0  # ours: initial score of a token with itself; None: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +112,11 @@ class ModelConfig:
     width: int = 1024  # of the residual stream
     num_layers: int = 24  # layers
     mixers: tuple[str, ...] = ("lightning",)  # pattern of token mixers, repeated over the layers:
-    # "lightning", "softmax", "window"; for instance seven lightning, one softmax
+    # names of MIXERS; for instance seven lightning, one softmax
     lightning: LightningConfig = LightningConfig()
     softmax: SoftmaxConfig = SoftmaxConfig()
+    sparse: SparseConfig = SparseConfig()
+    tensorized: TensorizedConfig = TensorizedConfig()
     mlp: MlpConfig = MlpConfig()
     norm: NormKind = "srms"  # pre-norms and final norm: srms (paper), rms, layer
     norm_eps: float = 1e-6  # author code

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from longctx.nn.mlp import GLU, MLP
 from longctx.nn.norm import make_norm
 from longctx.nn.position import default_positions
 from longctx.nn.sharding import DEFAULT_AXES, Axes, place
-from longctx.nn.stack import Block, Segment, Stack
+from longctx.nn.sparse import DropAttention, HashAttention, TiedAttention
+from longctx.nn.stack import Block, Mixer, Segment, Stack
+from longctx.nn.tensorized import TensorizedAttention
 from pallas_kernels.lightning_attention import alibi_log_decay, printed_log_decay
 
 ONE_DEVICE = ParallelConfig()
@@ -157,7 +160,7 @@ class Decoder(nnx.Module):
 
 def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs) -> Block:
     """One layer of `model`, of the given kind; `layer` is its index, traced."""
-    c, axes, parallel = model.config, model.axes, model.parallel
+    c, axes = model.config, model.axes
     shared = {
         "std": c.init_std,
         "dtype": jnp.dtype(c.dtype),
@@ -165,40 +168,7 @@ def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs)
         "axes": axes,
         "rngs": rngs,
     }
-    if kind.startswith("lightning"):
-        linear = c.lightning
-        mixer = LightningAttention(
-            c.width,
-            linear.num_heads,
-            linear.head_dim,
-            log_decay=_log_decay(c)[layer],
-            lrpe=kind == "lightning+lrpe",
-            activation=linear.activation,
-            value_activation=linear.value_activation,
-            gate=linear.gate,
-            norm=linear.norm,
-            norm_eps=c.norm_eps,
-            strategy=parallel.states,
-            layout=parallel.layout,
-            **shared,
-        )
-    else:
-        soft = c.softmax
-        mixer = SelfAttention(
-            c.width,
-            soft.num_heads,
-            soft.head_dim,
-            num_kv_heads=soft.num_kv_heads,
-            rope_base=soft.rope_base if soft.rope else None,
-            rope_fraction=soft.rope_fraction,
-            rope_scaling=soft.rope_scaling,
-            qk_norm=soft.qk_norm,
-            window=soft.window if kind == "window" else None,
-            norm_eps=c.norm_eps,
-            strategy=parallel.strategy,
-            layout=parallel.layout,
-            **shared,
-        )
+    mixer = make_mixer(model, kind, layer, shared)
     channel = GLU if c.mlp.kind == "glu" else MLP
     mlp = channel(c.width, c.mlp.width, activation=c.mlp.activation, **shared)
     norms = [
@@ -206,6 +176,56 @@ def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs)
         for _ in range(2)
     ]
     return Block(mixer, mlp, *norms, axes=axes)
+
+
+def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[str, Any]) -> Mixer:
+    """The token mixer of one layer."""
+    c, parallel = model.config, model.parallel
+    linear, soft, sparse = c.lightning, c.softmax, c.sparse
+    heads = (c.width, soft.num_heads, soft.head_dim)
+    rotary = {
+        "num_kv_heads": soft.num_kv_heads,
+        "rope_base": soft.rope_base if soft.rope else None,
+        "rope_fraction": soft.rope_fraction,
+        "rope_scaling": soft.rope_scaling,
+        "qk_norm": soft.qk_norm,
+        "norm_eps": c.norm_eps,
+    }
+    match kind:
+        case "lightning" | "lightning+lrpe":
+            return LightningAttention(
+                c.width,
+                linear.num_heads,
+                linear.head_dim,
+                log_decay=_log_decay(c)[layer],
+                lrpe=kind == "lightning+lrpe",
+                activation=linear.activation,
+                value_activation=linear.value_activation,
+                gate=linear.gate,
+                norm=linear.norm,
+                norm_eps=c.norm_eps,
+                strategy=parallel.states,
+                layout=parallel.layout,
+                **shared,
+            )
+        case "tied":
+            return TiedAttention(*heads, key_norm=sparse.key_norm, **shared)
+        case "hash":
+            options = {"key_norm": sparse.key_norm, "num_buckets": sparse.num_buckets}
+            return HashAttention(*heads, **options, **shared)
+        case "drop":
+            return DropAttention(*heads, key_norm=sparse.key_norm, drop=sparse.drop, **shared)
+        case "tensorized":
+            folded = {f.name: getattr(c.tensorized, f.name) for f in fields(c.tensorized)}
+            return TensorizedAttention(*heads, **folded, **rotary, **shared)
+    return SelfAttention(
+        *heads,
+        window=soft.window if kind == "window" else None,
+        strategy=parallel.strategy,
+        layout=parallel.layout,
+        **rotary,
+        **shared,
+    )
 
 
 def _log_decay(config: ModelConfig) -> Float[Array, "L H"]:

@@ -29,7 +29,8 @@ def forward_flops(model: ModelConfig, length: int) -> float:
     """Operations per token of one forward pass over rows of `length` tokens.
 
     A product [m, n] @ [n, k] is 2 m n k. Softmax attention counts only the keys that a query may
-    see: (length + 1) / 2 on average if causal, fewer with a window. Linear attention counts its
+    see: (length + 1) / 2 on average if causal, fewer with a window, with even buckets, with
+    dropping, and in hops (counted as mixed radix). Linear attention counts its
     recurrence, 4 D E per head, whatever its chunks cost. Embedding look-ups, norms and
     activations count nothing, and neither does what rematerialisation repeats. Packed documents
     count as one.
@@ -54,8 +55,33 @@ def _mixer_flops(model: ModelConfig, kind: str, length: int) -> float:
         return 2 * projections + 4 * key_width * inner
     soft = model.softmax
     inner = soft.num_heads * soft.head_dim
-    projections = 2 * model.width * (inner + soft.num_kv_heads * soft.head_dim)
-    seen = min(soft.window, length) if kind == "window" else length
-    # The first `seen` queries see 1, 2, ... keys, the others `seen`.
-    mean_keys = seen - seen * (seen - 1) / (2 * length)
-    return 2 * projections + 4 * inner * mean_keys
+    tied = kind in ("tied", "hash", "drop")  # q, v and output, no keys
+    keys = inner // 2 if tied else soft.num_kv_heads * soft.head_dim
+    projections = 2 * model.width * (inner + keys)
+    return 2 * projections + 4 * inner * _pairs(model, kind, length)
+
+
+def _pairs(model: ModelConfig, kind: str, length: int) -> float:
+    """Keys that a query sees, on average; of tensorized attention the keys of all hops."""
+    whole = (length + 1) / 2
+    match kind:
+        case "window":
+            return _windowed(model.softmax.window, length)
+        case "hash":
+            return whole / model.sparse.num_buckets
+        case "drop":
+            return whole * (1 - model.sparse.drop) ** 2
+        case "tensorized":
+            strides, total = 1, 0.0
+            for size in model.tensorized.dims:
+                rows = -(-length // strides)
+                total += _windowed(size or rows, rows)
+                strides *= size or 1
+            return total
+    return whole
+
+
+def _windowed(window: int, length: int) -> float:
+    """Mean keys of a causal window: the first `window` queries see 1, 2, ..., the others all."""
+    seen = min(window, length)
+    return seen - seen * (seen - 1) / (2 * length)

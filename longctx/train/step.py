@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
+from longctx.nn.sparse import redraw
 from longctx.parallel.mesh import BATCH
 from longctx.train.config import RunConfig
 from longctx.train.optim import make_optimizer, schedule
@@ -97,7 +98,8 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         params: nnx.State, rest: nnx.State, batch: Batch, count: Int[Array, ""]
     ) -> tuple[Float[Array, ""], nnx.State]:
         model = nnx.merge(graph, params, rest)
-        return jnp.sum(token_nll(model, batch)) / count, nnx.state(model, nnx.Not(nnx.Param))
+        total = jnp.sum(token_nll(model, batch))
+        return total / count, redraw(nnx.state(model, nnx.Not(nnx.Param)))
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 

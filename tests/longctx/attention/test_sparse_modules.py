@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.nn.sparse import DropAttention, HashAttention, TiedAttention, redraw
+from longctx.nn.sparse import Draw, DropAttention, HashAttention, TiedAttention, redraw
 from longctx.parallel.mesh import make_mesh
 from tests.harness import assert_close
 
@@ -57,7 +57,7 @@ def test_a_longer_sequence_begins_alike_and_redraw_changes_it(name):
     first, _ = run(module, tokens())
     longer, _ = run(module, jnp.concatenate([tokens(), tokens(30)], 1))
     assert_close(longer[:, :LENGTH], first, 1e-5)
-    redraw(module)
+    nnx.update(module, redraw(nnx.state(module, Draw)))
     other, _ = run(module, tokens())
     assert np.abs(other - first).max() > 1e-3
 
