@@ -11,12 +11,23 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.lightning_attention import reference, tpu, xla
-from pallas_kernels.lightning_attention.tiles import Spec, TpuTiles, XlaTiles, state_dtype
+from pallas_kernels.lightning_attention import gpu, reference, tpu, xla
+from pallas_kernels.lightning_attention.tiles import (
+    GpuTiles,
+    Spec,
+    TpuTiles,
+    XlaTiles,
+    state_dtype,
+)
 
 # The backends, and the tile class that each takes.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu}
-TILES: dict[str, type] = {"xla": XlaTiles, "tpu": TpuTiles}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "xla": xla,
+    "tpu": tpu,
+    "gpu": gpu,
+}
+TILES: dict[str, type] = {"xla": XlaTiles, "tpu": TpuTiles, "gpu": GpuTiles}
 
 
 @overload

@@ -1,6 +1,7 @@
 """What a lightning-attention call looks like to a backend, and the tile sizes it may choose."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +57,17 @@ class GpuTiles:
             raise ValueError(f"stages={self.stages} must be at least 2")
 
 
-# Of H100 and H200. The prices were measured on an H100, head width 128, 2026-11-22.
+# Of H100 and H200. Prices, by workers: 1 is half of what a chunk of 64 tokens costs where blocks
+# of two workers fill the chip (1.55 us on an H100, head width 128, measured on 2026-11-22).
 MULTIPROCESSORS = 132
-PRICE_OF_SPLITTING = 1.25  # reads two of four tensors twice, as far as the decay reaches
-PRICE_OF_ONE_WORKER = 1.1  # two blocks read the rows that two workers would share
+CHUNK = {1: 1.1, 2: 2.0}
+LONE_CHUNK = {1: 1.05, 2: 1.7}  # however few the blocks
+LONE_STATE_CHUNK = 0.6  # of the kernel that finds the states of segments
+SEGMENT = 2.0  # to write, join and read its states
 
 
 def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTiles:
-    """The default: whole waves of blocks, at the least price.
+    """The default: the sequence in as many segments as make the call cheapest.
 
     Args:
       heads: batch rows times heads.
@@ -71,16 +75,21 @@ def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTil
       slices: of 64 columns, in each array that one launch makes.
       widest: slices of the widest array that it reads.
     """
-    pairs = widest <= 2 and all(n % 2 == 0 for n in slices)
+
+    def waves(blocks: int, full: float, lone: float) -> float:
+        whole, rest = divmod(blocks, MULTIPROCESSORS)
+        return whole * full + (max(lone, rest / MULTIPROCESSORS * full) if rest else 0)
 
     def price(tiles: GpuTiles) -> float:
-        blocks = heads * tiles.segments * sum(slices) // tiles.workers
-        waves = -(-blocks // MULTIPROCESSORS)
-        price = waves * tiles.workers / tiles.segments
-        price *= PRICE_OF_SPLITTING if tiles.segments > 1 else 1
-        return price * (PRICE_OF_ONE_WORKER if pairs and tiles.workers == 1 else 1)
+        workers, segments = tiles.workers, tiles.segments
+        blocks = heads * segments * sum(n // math.gcd(n, workers) for n in slices)
+        per_chunk = waves(blocks, CHUNK[workers], LONE_CHUNK[workers])
+        if segments > 1:
+            blocks = heads * (segments - 1) * -(-max(slices) // 2) * min(len(slices), 2)
+            per_chunk += waves(blocks, 1, LONE_STATE_CHUNK)
+        return per_chunk * -(-chunks // segments) + SEGMENT * (segments if segments > 1 else 0)
 
-    kinds = [(1, 3 if widest <= 3 else 2), *([(2, 2)] if pairs else [])]
+    kinds = [(2, 2), (1, 3)] if widest <= 2 else [(1, 3 if widest == 3 else 2)]
     segments = range(1, max(1, min(64, chunks // 8)) + 1)
     return min((GpuTiles(n, *kind) for n in segments for kind in kinds), key=price)
 

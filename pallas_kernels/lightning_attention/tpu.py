@@ -143,7 +143,7 @@ def _kernel(rates, inputs, starts, initial, outs, finals, pair, states, *, plan:
                 out = _dot(scores, z, (1, 0))
                 out += query[:, : z.shape[1]] * _dot(x, S[...].astype(x.dtype), (1, 0))
                 outs[i][0, rows, :] = out.astype(outs[i].dtype)
-            y = (key[:, : y.shape[1]] * y).astype(z.dtype)
+            y = (key[:, : y.shape[1]] * y.astype(key.dtype)).astype(z.dtype)
             S[...] = carry[:, : z.shape[1]] * S[...] + _dot(y, z, (0, 0))
 
     @pl.when(step == steps - 1)

@@ -1,0 +1,268 @@
+"""Lightning attention against its peers and against the byte floor of the device.
+
+    python -m experiments.bench.lightning [--groups shapes lengths heads ...] [--out results/...]
+
+Groups: `shapes`, the four that targets are set for, and `heads`: together the same number of
+tokens per call with 256 to 16 heads in all; `lengths`, one row from 16K to 1M tokens; `worst`,
+few heads and no decay. Off a GPU there is only `lengths`, smaller. Decays are ALiBi's slopes.
+
+Peers, where installed: flash-linear-attention's chunk_simple_gla and fused_chunk_simple_gla. One
+that is absent is named in the output. `xla` is our chunked loop in plain JAX. Times are medians of
+warm, queued calls in one process; the floor is what reading the inputs and writing the outputs
+once costs at the rate of a copy measured in the same run. Errors are relative RMS errors against
+float64. Writes JSONL and, with `lengths`, a plot of the time per token beside it.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench._timing import time_ms, write_rows
+from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("o", "dq", "dk", "dv")
+
+
+class Shape(NamedTuple):
+    """One call: B rows of T tokens, H heads of width D for q, k and v."""
+
+    batch: int
+    length: int
+    heads: int = 16
+    width: int = 128
+    dtype: Any = jnp.bfloat16
+    decays: bool = True
+
+    def inputs(self) -> tuple[jax.Array, ...]:
+        """Random q, k, v, do and the log decays."""
+
+        @jax.jit
+        def draw():
+            keys = jax.random.split(jax.random.key(0), 4)
+            shape = (self.batch, self.length, self.heads, self.width)
+            return tuple(jax.random.normal(key, shape, self.dtype) for key in keys)
+
+        log_decay = alibi_log_decay(self.heads, 0, 1) * self.decays
+        return *draw(), log_decay
+
+    def megabytes(self, tensors: int) -> float:
+        """Of so many arrays like q."""
+        size = self.batch * self.length * self.heads * self.width
+        return tensors * size * jnp.dtype(self.dtype).itemsize / 1e6
+
+
+def groups_for(platform: str) -> dict[str, list[Shape]]:
+    """Shapes of each group; what a CPU can run in a minute elsewhere."""
+    if platform != "gpu":
+        small = functools.partial(Shape, 1, heads=2, width=64, dtype=jnp.float32)
+        return {"lengths": [small(1024 * n) for n in (1, 4, 16, 64)]}
+    return {
+        "shapes": [Shape(16, 2048), Shape(4, 8192), Shape(1, 32768), Shape(1, 131072)],
+        "heads": [Shape(2, 16384)],
+        "worst": [Shape(1, 32768, decays=False)],
+        "lengths": [Shape(1, 16384 * n) for n in (1, 4, 16, 64)],
+    }
+
+
+class Calls(NamedTuple):
+    """An implementation on given inputs: forward, forward + backward, and how to wait."""
+
+    forward: Callable[[], Any]
+    both: Callable[[], tuple[Any, ...]]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+
+
+def of_ours(backend: str, q, k, v, do, log_decay) -> Calls:
+    """Our operator on a named backend."""
+    attend = functools.partial(lightning_attention, backend=backend)
+    forward = jax.jit(attend)
+
+    @jax.jit
+    def both(q, k, v, do, log_decay):
+        o, pullback = jax.vjp(lambda *x: attend(*x, log_decay), q, k, v)
+        return o, *pullback(do)
+
+    return Calls(lambda: forward(q, k, v, log_decay), lambda: both(q, k, v, do, log_decay))
+
+
+def of_fla(name: str, q, k, v, do, log_decay) -> Calls:
+    """An operator of flash-linear-attention on the same memory."""
+    torch = importlib.import_module("torch")
+    function = getattr(importlib.import_module("fla.ops.simple_gla"), name)
+    q, k, v, do, gamma = (torch.from_dlpack(x) for x in (q, k, v, do, log_decay))
+
+    def forward():
+        with torch.no_grad():
+            return function(q, k, v, g_gamma=gamma, scale=1.0)[0]
+
+    wanted = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def both():
+        o = function(*wanted, g_gamma=gamma, scale=1.0)[0]
+        return o, *torch.autograd.grad(o, wanted, do)
+
+    return Calls(forward, both, lambda _: torch.cuda.synchronize())
+
+
+IMPLEMENTATIONS = {
+    "ours": functools.partial(of_ours, "auto"),
+    "xla": functools.partial(of_ours, "xla"),
+    "fla chunk_simple_gla": functools.partial(of_fla, "chunk_simple_gla"),
+    "fla fused_chunk_simple_gla": functools.partial(of_fla, "fused_chunk_simple_gla"),
+}
+
+
+def float64(q, k, v, do, log_decay) -> tuple[jax.Array, ...]:
+    """o, dq, dk, dv in float64."""
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in (q, k, v, do, log_decay)]
+        return of_ours("xla", *wide).both()
+
+
+def errors(results: Sequence[Any], wanted: Sequence[jax.Array]) -> dict[str, float]:
+    """Relative RMS error of each result."""
+
+    @jax.jit
+    def error(got, want):
+        return jnp.linalg.norm((got.astype(want.dtype) - want).ravel()) / jnp.linalg.norm(
+            want.ravel()
+        )
+
+    with jax.enable_x64(True):
+        arrays = [x if isinstance(x, jax.Array) else jnp.from_dlpack(x.detach()) for x in results]
+        return {n: float(error(*pair)) for n, *pair in zip(NAMES, arrays, wanted, strict=True)}
+
+
+def copy_rate(platform: str) -> float:
+    """Bytes per second, read and written, of the negation of a large array."""
+    x = jax.random.normal(jax.random.key(0), (2**28 if platform == "gpu" else 2**24,))
+    negate = jax.jit(jnp.negative)
+    return 2 * x.nbytes / time_ms(negate, x) * 1e3
+
+
+def measure(group: str, shape: Shape, names: Sequence[str], exact: bool) -> Iterator[dict]:
+    """One row for each implementation; `exact` adds its errors."""
+    inputs = shape.inputs()
+    about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
+    wanted = float64(*inputs) if exact else None
+    for name in names:
+        row = {**about, "implementation": name}
+        try:
+            calls = IMPLEMENTATIONS[name](*inputs)
+        except ImportError as missing:
+            yield {**row, "absent": str(missing)}
+            continue
+        row["forward_ms"] = time_ms(calls.forward, wait=calls.wait)
+        row["both_ms"] = time_ms(calls.both, wait=calls.wait)
+        if wanted is not None:
+            row["errors"] = errors(calls.both(), wanted)
+        row["ns_per_token"] = {
+            n: row[f"{n}_ms"] * 1e6 / (shape.batch * shape.length) for n in ("forward", "both")
+        }
+        yield row
+
+
+def add_floors(rows: list[dict], rate: float) -> None:
+    """Each row's floors, 4 arrays forward and 11 with the backward, and the share reached."""
+    for row in rows:
+        shape = Shape(**{name: row[name] for name in Shape._fields})
+        for name, tensors in (("forward", 4), ("both", 11)):
+            floor = shape.megabytes(tensors) * 1e9 / rate
+            row[f"{name}_floor_ms"] = floor
+            if f"{name}_ms" in row:
+                row[f"{name}_of_floor"] = floor / row[f"{name}_ms"]
+        row["copy_bytes_per_second"] = rate
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown, with each time over that of fla's chunk_simple_gla."""
+    lines = [
+        "| group | B x T, H | implementation | forward ms (of floor) | fwd+bwd ms "
+        "| both over fla's | worst error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rival = {
+        (row["group"], row["batch"], row["length"]): row
+        for row in rows
+        if row["implementation"] == "fla chunk_simple_gla" and "forward_ms" in row
+    }
+    for row in rows:
+        where = f"{row['group']} | {row['batch']} x {row['length']}, {row['heads']}"
+        if "absent" in row:
+            lines.append(f"| {where} | {row['implementation']} | absent: {row['absent']} | | | |")
+            continue
+        fla = rival.get((row["group"], row["batch"], row["length"]))
+        ratio = fla and " / ".join(f"{row[n] / fla[n]:.2f}" for n in ("forward_ms", "both_ms"))
+        worst = max(row["errors"].values()) if "errors" in row else None
+        lines.append(
+            f"| {where} | {row['implementation']} "
+            f"| {row['forward_ms']:.3f} ({row['forward_of_floor']:.0%}) | {row['both_ms']:.3f} "
+            f"| {ratio or ''} | {'' if worst is None else f'{worst:.1e}'} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Time per token against length, from the group `lengths`."""
+    rows = [row for row in rows if row["group"] == "lengths"]
+    if not rows:
+        return
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    for name, label in (("forward", "forward"), ("both", "forward + backward")):
+        points = [(row["length"], row["ns_per_token"][name]) for row in rows]
+        axes.plot(*np.transpose(points), marker="o", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("length, tokens")
+    axes.set_ylabel("ns per token")
+    first = rows[0]
+    axes.set_title(f"{first['heads']} heads of {first['width']}, {first['dtype']}")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    """Measure the groups asked for."""
+    platform = jax.default_backend()
+    groups = groups_for(platform)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--groups", nargs="+", choices=groups, default=list(groups))
+    parser.add_argument("--out", type=Path, default=RESULTS / f"lightning_{platform}.jsonl")
+    parser.add_argument("--plot", type=Path, help="only plot these rows")
+    options = parser.parse_args()
+    if options.plot:
+        return plot([json.loads(line) for line in options.plot.open()], options.plot)
+
+    rows: list[dict] = []
+    rate = 0.0
+    for group in options.groups:
+        names = list(IMPLEMENTATIONS) if group == "shapes" else ["ours"]
+        for shape in groups[group]:
+            for row in measure(group, shape, names, exact=group in ("shapes", "worst")):
+                print(row, flush=True)
+                rows.append(row)
+            rate = max(rate, copy_rate(platform))
+            add_floors(rows, rate)
+            write_rows(options.out, rows)
+    print(table(rows))
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"matplotlib is absent; for the plot: --plot {options.out}")
+    else:
+        plot(rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
