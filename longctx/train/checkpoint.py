@@ -11,6 +11,9 @@ from flax import nnx
 from longctx.train.config import RunError
 from longctx.train.step import TrainState
 
+# Where a run's directory has them.
+CHECKPOINTS = "checkpoints"
+
 # Orbax writes a checkpoint under a name with this mark and renames it when all of it is on disk.
 UNFINISHED = ".orbax-checkpoint-tmp"
 

@@ -6,13 +6,14 @@ import time
 import jax
 from jax.sharding import Mesh
 
+from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus, train_batches
 from longctx.eval.score import make_scorer
 from longctx.parallel.mesh import make_mesh
-from longctx.train.checkpoint import Checkpoints
+from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
 from longctx.train.config import RunConfig, RunError, claim_directory
 from longctx.train.meter import Meter
-from longctx.train.metrics import Record, forget_after, open_sinks
+from longctx.train.metrics import Record, Sink, forget_after, open_sinks
 from longctx.train.plot import plot_loss
 from longctx.train.profiler import Profiler
 from longctx.train.progress import ProgressView
@@ -64,12 +65,17 @@ class _Run:
         self._score = make_scorer(
             model_graph(config), held_out, length, tokens=config.eval.tokens, mesh=mesh
         )
-        claim_directory(config, out)
-        self._checkpoints = Checkpoints(out / "checkpoints", keep=config.train.checkpoints_kept)
+        primary = jax.process_index() == 0  # the process that writes and speaks
+        if primary:
+            claim_directory(config, out)
+        self._checkpoints = Checkpoints(out / CHECKPOINTS, keep=config.train.checkpoints_kept)
         self.done, self.state = self._restore_or_create()
-        forget_after(out / "metrics.jsonl", self.done)
-        self._view = ProgressView(config.train.steps, self.done)
-        self._sinks = [*open_sinks(out, config.train.trackers), self._view]
+        self._sinks: list[Sink] = []
+        if primary:
+            forget_after(out / "metrics.jsonl", self.done)
+            self._sinks = open_sinks(out, config.train.trackers)
+            self._sinks.append(ProgressView(config.train.steps, self.done))
+            print(_describe(self.state, corpus, mesh))
         self._meter = Meter(config, corpus.bytes_per_token, self._sinks, self._checkpoints)
         self._profiler = Profiler(out, *config.train.profile_steps)
 
@@ -78,7 +84,7 @@ class _Run:
         found = self._checkpoints.restore(target, self._batches)
         if found is None:
             return 0, create_state(self._config, self._mesh)
-        print(f"resuming {self._out} after step {int(found.step)}")
+        print(f"{self._out}: going on after step {int(found.step)}")
         return int(found.step), found
 
     def steps(self, stop: StopSignal) -> None:
@@ -97,7 +103,7 @@ class _Run:
                 self._save(step)
             if step < train.steps and stop.after(step):
                 self._save(step)
-                self._view.say(f"stopped by a signal after step {step}; the same command resumes")
+                print(f"stopped by a signal after step {step}; the same command resumes")
                 raise SystemExit(stop.exit_code)
 
     def _evaluate(self, step: int) -> None:
@@ -123,5 +129,13 @@ class _Run:
         for sink in self._sinks:
             sink.close()
         self._checkpoints.close()
-        curve = plot_loss(self._out)
-        self._view.say(f"checkpoints in {self._checkpoints.directory}, loss curve in {curve}")
+        if self._sinks:
+            print(f"checkpoints in {self._out / CHECKPOINTS}, loss curve in {plot_loss(self._out)}")
+
+
+def _describe(state: TrainState, corpus: Corpus, mesh: Mesh) -> str:
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    return (
+        f"{parameters:,} parameters, {len(corpus.tokens):,} training tokens, "
+        f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
+    )

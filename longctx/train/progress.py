@@ -16,7 +16,7 @@ class ProgressView:
     """
 
     def __init__(self, steps: int, first: int) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True)
         self._steps = steps
         self._bar = Progress(
             MofNCompleteColumn(),
@@ -24,26 +24,22 @@ class ProgressView:
             TextColumn("{task.fields[numbers]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps, completed=first, numbers="compiling")
         self._bar.start()
-
-    def say(self, message: str) -> None:
-        """Print a message above the bar."""
-        self.console.print(message, markup=False)
 
     def write(self, record: Record) -> None:
         """Show the newest numbers."""
         step = int(record["step"] or 0)
         numbers = describe(record)
-        if "loss" in record and self.console.is_terminal:
+        if "loss" in record and self._console.is_terminal:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
             left = record.get("eta_seconds")
             eta = "" if left is None else f"  ETA {datetime.timedelta(seconds=round(left))}"
-            self.say(f"step {step}/{self._steps}  {numbers}{eta}")
+            self._console.print(f"step {step}/{self._steps}  {numbers}{eta}")
 
     def close(self) -> None:
         """Leave the terminal in order."""

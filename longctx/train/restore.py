@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from longctx.models import Decoder
 from longctx.parallel.mesh import make_mesh
-from longctx.train.checkpoint import Checkpoints
+from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
 from longctx.train.config import RunConfig, RunError, read_config
 from longctx.train.step import abstract_state, model_graph
 
@@ -36,7 +36,7 @@ def load_run(run: pathlib.Path, mesh: Mesh | None = None) -> LoadedRun:
       RunError: `run` is not a run, or has no checkpoint that can be read.
     """
     config = read_config(run)
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = Checkpoints(run / CHECKPOINTS)
     found = checkpoints.restore_model(abstract_state(config, mesh or make_mesh()))
     checkpoints.close()
     if found is None:

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from longctx.parallel.mesh import make_mesh
 from longctx.train import loop
 from longctx.train.config import RunError
 from longctx.train.loop import train
@@ -107,6 +109,14 @@ def test_a_finished_run_stays_as_it_is(source, finished, capsys):
     train(tiny_run(source), finished)
     assert "after step 20" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_loads_onto_another_mesh(finished):
+    alone, sharded = load_run(finished), load_run(finished, make_mesh(data=2, fsdp=4))
+    assert alone.step == sharded.step == 20
+    pairs = zip(jax.tree.leaves(alone.params), jax.tree.leaves(sharded.params), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert any(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(sharded.params))
 
 
 def damage(checkpoint, pattern):
