@@ -46,12 +46,12 @@ class Case(NamedTuple):
     length: int
     heads: int
     kv_heads: int
-    name: str  # a strategy, "one device: ours", "one device: cudnn"
+    name: Any  # a strategy, "one device: ours", "one device: cudnn"
     part: str  # "full", "compute" or "communication"
     which: str  # of PASSES
 
 
-def attend(case: Case, devices: int) -> Callable[..., Array]:
+def attend(case: Case, devices: int) -> Callable[..., Any]:
     """The operator of `case`, on q, k, v."""
     if case.name == "one device: ours":
         return flash_attention
@@ -94,9 +94,8 @@ def without(part: str) -> ExitStack:
 
         def forward(q: Array, k: Array, v: Array, *, carry: Any = None, **_: Any) -> Any:
             if carry is None:
-                batch, length, heads, _ = q.shape
-                o = jnp.zeros((batch, length, heads, v.shape[3]), jnp.float32)
-                carry = o, jnp.zeros((batch, heads, length), jnp.float32)
+                o = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32)
+                carry = o, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
             carry = unify_varying(carry, varying_axes(q))
             return lax.optimization_barrier((carry, k, v))[0]
 

@@ -88,7 +88,7 @@ def decode_attention(
 
 
 def _merge(
-    o: Float[Array, "B T H E"], lse: Float[Array, "B H T"], axis: str
+    o: Float[Array, "B T H E"], lse: Float[Array, "B H T"], axis: str | None
 ) -> Float[Array, "B T H E"]:
     """Attention over all devices' keys, by one collective; 0 for rows that see no key at all."""
     parts = lax.all_gather(pack(o, lse.swapaxes(1, 2)[..., None]), axis, to="invarying")

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.parallel.cost import explain, hardware_in_use, refusal
+from longctx.parallel import cost
 from longctx.parallel.gather import gather_attention
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
@@ -100,7 +100,7 @@ def context_attention(
         )
     heads, kv_heads = q.shape[2] // split, k.shape[2] // split
     if strategy == "auto":
-        strategy = explain(
+        strategy = cost.explain(
             batch=q.shape[0],
             length=length,
             heads=heads,
@@ -112,16 +112,16 @@ def context_attention(
             causal=causal,
             window=window,
             itemsize=q.dtype.itemsize,
-            hardware=hardware_in_use(),
+            hardware=cost.hardware_in_use(),
         ).strategy
     elif devices > 1:
-        reason = refusal(strategy, layout, devices, heads, kv_heads)
+        reason = cost.refusal(strategy, layout, devices, heads, kv_heads)
         if reason is not None:
             raise ValueError(f"{strategy=} {reason}")
     swaps = strategy in ("ulysses", "usp")
     ranks = devices if not swaps else 1 if strategy == "ulysses" else layout.ranks
     shards = Shards(
-        axis=axis,
+        axis=axis or "",
         ranks=ranks,
         inner=devices // ranks,
         layout=Layout(layout.kind, ranks) if swaps else layout,

@@ -3,12 +3,13 @@
 The model, each term of it named where it is computed: attention runs at a fixed share of the
 chip's peak, less for short blocks; a ring's hop takes the longer of its compute (of the busiest
 rank) and its move; every other collective is exposed. A backward pass has 2.5 times the products
-of a forward pass. docs/scaling.md compares it with measurements.
+of a forward pass.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from longctx.parallel.layout import Layout
 from longctx.parallel.shards import Shards
 from longctx.parallel.ulysses import kv_copies
+
+Strategy = Literal["ring", "all_gather", "ulysses", "usp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ def hardware_in_use() -> Hardware:
 class Cost:
     """One strategy, for one layer: what the busiest device does in a forward and in a backward."""
 
-    strategy: str
+    strategy: Strategy
     flops: float  # forward; a backward has 2.5 times as many
     forward_bytes: float  # sent by one device
     backward_bytes: float
@@ -82,10 +85,10 @@ class Explanation:
 
     hardware: Hardware
     costs: tuple[Cost, ...]
-    refused: dict[str, str]
+    refused: dict[Strategy, str]
 
     @property
-    def strategy(self) -> str:
+    def strategy(self) -> Strategy:
         """What `context_attention(strategy="auto")` does."""
         return self.costs[0].strategy
 
@@ -135,7 +138,8 @@ def explain(
         devices, layout, causal, window, itemsize, hardware,
     )  # fmt: skip
     costs, refused = [call.ring(), call.all_gather()], {}
-    for name, ranks in (("ulysses", 1), ("usp", layout.ranks)):
+    swaps: dict[Strategy, int] = {"ulysses": 1, "usp": layout.ranks}
+    for name, ranks in swaps.items():
         reason = refusal(name, layout, devices, heads, kv_heads)
         if reason is None:
             costs.append(call.swapped(name, ranks))
@@ -144,7 +148,9 @@ def explain(
     return Explanation(hardware, tuple(sorted(costs, key=lambda c: c.seconds)), refused)
 
 
-def refusal(strategy: str, layout: Layout, devices: int, heads: int, kv_heads: int) -> str | None:
+def refusal(
+    strategy: Strategy, layout: Layout, devices: int, heads: int, kv_heads: int
+) -> str | None:
     """Why a strategy cannot serve this layout and these heads; None if it can."""
     if strategy == "ulysses" and not layout.in_order:
         return f"needs tokens in position order, not {layout}: use the contiguous layout"
@@ -189,9 +195,10 @@ class _Call:
         """Keys and values of one device."""
         return self.batch * self.local * self.kv_heads * self.widths * itemsize
 
-    def flops(self, pairs: float) -> float:
-        """Products of a forward for `pairs` visible (query, key) pairs."""
-        return 2 * self.batch * self.heads * self.widths * pairs
+    @property
+    def pair_flops(self) -> int:
+        """Products of a forward for one visible (query, key) pair, over all heads."""
+        return 2 * self.batch * self.heads * self.widths
 
     def pairs(self) -> np.ndarray:
         """Visible pairs of each rank (rows) at each hop of its ring (columns).
@@ -224,7 +231,7 @@ class _Call:
     def ring(self) -> Cost:
         chip, pairs = self.hardware, self.pairs()
         hops = pairs.shape[1]
-        busiest = self.flops(pairs.max(0))  # all ranks wait for the slowest of a hop
+        busiest = self.pair_flops * pairs.max(0)  # all ranks wait for the slowest of a hop
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
         # The arriving keys are unpacked (read, written), the output is carried in float32.
         carried = self.batch * self.local * self.heads * self.value_width * 4
@@ -263,7 +270,7 @@ class _Call:
 
     def all_gather(self) -> Cost:
         chip, pairs = self.hardware, self.pairs()
-        flops = float(self.flops(pairs.sum(1).max()))
+        flops = float(self.pair_flops * pairs.sum(1).max())
         others = self.devices - 1
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
         # All keys are put in position order: read and written once.
@@ -282,7 +289,7 @@ class _Call:
             overlap_threshold=None,
         )
 
-    def swapped(self, strategy: str, ranks: int) -> Cost:
+    def swapped(self, strategy: Strategy, ranks: int) -> Cost:
         """Ulysses in groups of U devices, and with several ranks a ring between them."""
         chip, inner = self.hardware, self.devices // ranks
         copies = kv_copies(self.heads, self.kv_heads, inner)

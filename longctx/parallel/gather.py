@@ -6,13 +6,14 @@ gathered keys are put in position order, so that a query's keys are one interval
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longctx.parallel.shards import Shards, pack, unpack
+from longctx.parallel.shards import Shards, pack, unpack, zeros_like
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import block_backward, block_forward
 
@@ -39,7 +40,7 @@ def _all_keys(shards: Shards, k: Array, v: Array) -> tuple[Array, Array]:
     return unpack(shards.layout.in_position_order(gathered), k.shape[-1])
 
 
-def _mask(shards: Shards, batch: int, doc_start: Array | None) -> dict[str, Array]:
+def _mask(shards: Shards, batch: int, doc_start: Array | None) -> dict[str, Any]:
     if not shards.causal:
         return {}
     lo, hi = shards.seen_positions(batch, doc_start)
@@ -63,7 +64,7 @@ def _gather_bwd(shards: Shards, saved: tuple, cotangents: Output):
     do, dlse = cotangents
     delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
     all_k, all_v = _all_keys(shards, k, v)
-    zeros = tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, all_k, all_v))
+    zeros = zeros_like(lse.dtype, q, all_k, all_v)
     mask = _mask(shards, q.shape[0], doc_start)
     dq, dk, dv = block_backward(
         q, all_k, all_v, do, lse, delta, accumulate=zeros, **mask, **shards.options

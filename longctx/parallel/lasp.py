@@ -80,7 +80,7 @@ def context_lightning(
         )
     if q.shape[2] % free_size(head_axis):
         raise ValueError(f"{q.shape[2]} heads must be a multiple of the devices along {head_axis=}")
-    call = _Call(strategy, axis, devices, layout, length, backend)
+    call = _Call(strategy, axis or "", devices, layout, length, backend)
     tokens = P(batch_axes, axis)
     rows = P(batch_axes, axis, head_axis, None)
     operator = shard_operator(

@@ -5,30 +5,30 @@
         move      kv 1 ──────▶ kv 2 ──────▶ kv 3 ─ ...          one packed buffer, next rank
         compute   block 0      block 1      block 2  ...        (o, lse) carried in float32
 
-    backward, after the same moves of keys and values:
+    backward, n = 5, d the gradients of a block's keys and values:
 
-        move      kv 1 ─────▶  kv 2 ─────▶  kv 3 ─▶    d 2 ──▶     d n-1 ▶ home
-        compute   half of 0    block 1      block 2    block 3 ... other half of 0
-                                            d 1 ───▶
+        move      kv 1 ──────▶ kv 2 ──────▶ kv 3, d 1 ─▶ kv 4, d 2 ─▶ d 3 ───────▶ d 4 ──▶ home
+        compute   half of 0    block 1      block 2      block 3      block 4      half of 0
 
-The gradients `d` of a block of keys follow it one hop behind: while a block is computed, the
-sum that the previous rank has finished is on its way. The rank's own block is computed in two
-halves (of the heads), of which the first hides the first move of keys and the second the last
-move of gradients; its own dk and dv never travel. `optimization_barrier` ties each arrival to
-the end of the compute that hides it, else XLA starts all moves at once and keeps all shards.
+The gradients of a block of keys follow it one hop behind: while a block is computed, the sum
+that the previous rank has finished is on its way, in one message with the next keys. The rank's
+own block is computed in two halves (of the heads), of which the first hides the first move of
+keys and the second the last move of gradients; its own dk and dv never travel.
+`optimization_barrier` ties each arrival to the end of the compute that hides it, else XLA starts
+all moves at once and keeps all shards.
 
 Sources: arXiv 2310.01889 (ring), 2307.08691 (block gradients from the global lse).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longctx.parallel.shards import Shards, pack, unpack
+from longctx.parallel.shards import Shards, pack, unpack, zeros_like
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import block_backward, block_forward
 
@@ -49,20 +49,17 @@ def ring_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None) -> Output:
-    batch, width = q.shape[0], k.shape[-1]
-    kv, carry = pack(k, v), None
-    for hop in range(shards.hops):
-        more = hop + 1 < shards.hops
-        arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if more else None
-        if hop == 0:
-            mask = shards.own_block(batch, doc_start)
-        else:
-            mask = shards.block(hop, batch, doc_start)
-            k, v = unpack(kv, width)
-        carry = block_forward(q, k, v, carry=carry, **mask, **shards.options)
-        if more:
-            kv, carry = lax.optimization_barrier((arriving, carry))
-    o, lse = carry
+    batch, width, last = q.shape[0], k.shape[-1], shards.hops - 1
+    kv = pack(k, v)
+    arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if last else None
+    mask = shards.own_block(batch, doc_start)
+    o, lse = block_forward(q, k, v, **mask, **shards.options)
+    for hop in range(1, shards.hops):
+        kv, o, lse = lax.optimization_barrier((arriving, o, lse))
+        arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if hop < last else None
+        k, v = unpack(kv, width)
+        mask = shards.block(hop, batch, doc_start)
+        o, lse = block_forward(q, k, v, carry=(o, lse), **mask, **shards.options)
     return o.astype(q.dtype), lse
 
 
@@ -80,40 +77,34 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
     delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
     rows = _Rows(q, do, lse, delta)
     own = shards.own_block(batch, doc_start)
-
-    def half(part: _Half, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        keys = k[:, :, part.keys], v[:, :, part.keys]
-        return _gradients(shards, rows.heads(part.queries), *keys, own, None)
-
-    first, second = _halves(q.shape[2], k.shape[2])
     if shards.hops == 1:
-        dq, dk, dv = _gradients(shards, rows, k, v, own, None)
+        dq, dk, dv = _gradients(shards, rows, k, v, own)
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
-    arriving = lax.ppermute(pack(k, v), shards.axis, shards.shift(1))
-    kv, local = lax.optimization_barrier((arriving, half(first, k, v)))
-    dq = total = None
+    def part(heads: _Heads, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        keys = k[:, :, heads.keys], v[:, :, heads.keys]
+        return _gradients(shards, rows.of(heads.queries), *keys, own)
+
+    first, *second = _halves(q.shape[2], k.shape[2])
+    arriving, _ = _move(shards, pack(k, v), None)
+    kv, *local = lax.optimization_barrier((arriving, part(first, k, v)))
+    dq, total = jnp.zeros(q.shape, lse.dtype), None
     for hop in range(1, shards.hops):
         more = hop + 1 < shards.hops
-        arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if more else None
-        moved = None if total is None else lax.ppermute(total, shards.axis, shards.shift(1))
+        arriving, moved = _move(shards, kv if more else None, total)
         mask = shards.block(hop, batch, doc_start)
         dq, dk, dv = _gradients(shards, rows, *unpack(kv, width), mask, dq)
         total = pack(dk, dv) if moved is None else moved + pack(dk, dv)
         kv, dq, total = lax.optimization_barrier((arriving, dq, total))
     total, k, v = lax.optimization_barrier((total, k, v))  # the second half waits for the move
     home = lax.ppermute(total, shards.axis, shards.shift(1 - shards.hops))
-    halves = [local] if second is None else [local, half(second, k, v)]
-    dq_own, dk_own, dv_own = (jnp.concatenate(x, 2) for x in zip(*halves, strict=True))
+    local += [part(heads, k, v) for heads in second]
+    dq_own, dk_own, dv_own = (jnp.concatenate(x, 2) for x in zip(*local, strict=True))
     if dk_own.shape[2] != k.shape[2]:  # one key head, which both halves have used
         dk_own, dv_own = (jnp.sum(x, 2, keepdims=True) for x in (dk_own, dv_own))
     dk, dv = unpack(home, width)
-    return (
-        (dq + dq_own).astype(q.dtype),
-        (dk + dk_own).astype(k.dtype),
-        (dv + dv_own).astype(v.dtype),
-        None,
-    )
+    dq, dk, dv = dq + dq_own, dk + dk_own, dv + dv_own
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _ring.defvjp(_ring_fwd, _ring_bwd)
@@ -127,38 +118,77 @@ class _Rows(NamedTuple):
     lse: Float[Array, "B H T"]
     delta: Float[Array, "B H T"]
 
-    def heads(self, heads: slice) -> "_Rows":
+    def of(self, heads: slice) -> "_Rows":
         return _Rows(*(x[:, :, heads] for x in self[:2]), *(x[:, heads] for x in self[2:]))
 
 
-class _Half(NamedTuple):
-    """A part of the heads: a slice of the queries' and the slice of the keys' that it uses."""
+class _Heads(NamedTuple):
+    """Some of the heads: a slice of the queries' and the slice of the keys' that they use."""
 
     queries: slice
     keys: slice
 
 
-def _halves(heads: int, kv_heads: int) -> tuple[_Half, _Half | None]:
-    """Two parts that share no key head, if there are two; one part if there is one head."""
+def _halves(heads: int, kv_heads: int) -> list[_Heads]:
+    """All heads in two parts that share no key head, if there are two; one part if one head."""
     if heads == 1:
-        return _Half(slice(None), slice(None)), None
+        return [_Heads(slice(None), slice(None))]
     if kv_heads == 1:
         middle, both = heads // 2, slice(None)
-        return _Half(slice(middle), both), _Half(slice(middle, None), both)
+        return [_Heads(slice(middle), both), _Heads(slice(middle, None), both)]
     keys = kv_heads // 2
     queries = keys * (heads // kv_heads)
-    return _Half(slice(queries), slice(keys)), _Half(slice(queries, None), slice(keys, None))
+    return [_Heads(slice(queries), slice(keys)), _Heads(slice(queries, None), slice(keys, None))]
 
 
 def _gradients(
-    shards: Shards, rows: _Rows, k: Array, v: Array, mask: dict, dq: Array | None
+    shards: Shards,
+    rows: _Rows,
+    k: Array,
+    v: Array,
+    mask: dict[str, Any],
+    dq: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """What a block of keys adds to dq, and its dk and dv, all in float32."""
-    wide = rows.lse.dtype
-    zeros = (jnp.zeros(x.shape, wide) for x in (rows.q, k, v))
-    dq_zero, *dkv_zero = zeros
-    accumulate = (dq_zero if dq is None else dq, *dkv_zero)
+    """dq (or 0) plus what a block of keys adds to it, and its dk and dv, all in float32."""
+    zero, dk, dv = zeros_like(rows.lse.dtype, rows.q, k, v)
     return block_backward(
         rows.q, k, v, rows.do, rows.lse, rows.delta,
-        accumulate=accumulate, **mask, **shards.options,
+        accumulate=(zero if dq is None else dq, dk, dv), **mask, **shards.options,
     )  # fmt: skip
+
+
+def _move(
+    shards: Shards, kv: Array | None, sums: Array | None
+) -> tuple[Array | None, Array | None]:
+    """Keys and values, and the sums of their gradients, one rank on: in one message.
+
+    A GPU hides one message at a time behind a kernel; a second one would wait for it.
+    """
+
+    def send(x: Array) -> Array:
+        return lax.ppermute(x, shards.axis, shards.shift(1))
+
+    if kv is None or sums is None:
+        return (None if kv is None else send(kv)), (None if sums is None else send(sums))
+    words = _words(kv)
+    message = send(pack(words, lax.bitcast_convert_type(sums, words.dtype)))
+    words, sums = unpack(message, words.shape[-1])
+    kv = _from_words(words, kv.dtype, kv.shape[-1])
+    return kv, lax.bitcast_convert_type(sums, jnp.promote_types(kv.dtype, jnp.float32))
+
+
+def _words(x: Array) -> Array:
+    """The bits of x as unsigned integers as wide as sums are: two 16-bit numbers to a word."""
+    if x.dtype.itemsize > 2:
+        return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
+    high, low = jnp.split(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32), 2, -1)
+    return high << 16 | low
+
+
+def _from_words(words: Array, dtype: jnp.dtype, width: int) -> Array:
+    """The inverse of `_words`, for numbers of `dtype` and `width` of them."""
+    if dtype.itemsize > 2:
+        return lax.bitcast_convert_type(words, dtype)
+    x = pack(words >> 16, words & 0xFFFF).astype(jnp.uint16)
+    return lax.bitcast_convert_type(x, dtype)[..., :width]

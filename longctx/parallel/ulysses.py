@@ -68,11 +68,12 @@ def whole_attention(
     doc_start: Int[Array, "B T"] | None,
 ) -> Output:
     """Output and lse where one device holds the whole sequence."""
-    return flash_attention(
+    o, lse = flash_attention(
         q, k, v,
         causal=shards.causal, window=shards.window, lo=doc_start, return_lse=True,
         **shards.options,
     )  # fmt: skip
+    return o, lse
 
 
 def _repeat(x: jax.Array, copies: int) -> jax.Array:

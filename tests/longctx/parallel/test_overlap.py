@@ -86,8 +86,8 @@ def assert_ring_is_hidden(overlap, devices):
     """Every move of a forward and a backward lies behind a block, and there are no others."""
     moves = overlap.of("collective-permute")
     assert overlap.moves == moves
-    # Forward and backward move the keys, the backward their gradients too.
-    assert len(moves) == 3 * (devices - 1)
+    # n - 1 in the forward. In the backward as many of keys and of gradients, n - 3 of them joined.
+    assert len(moves) == (2 * devices if devices > 2 else 3)
     assert not overlap.exposed, str(overlap)
     assert not any(move.synchronous for move in moves), str(overlap)
 
@@ -113,8 +113,9 @@ def test_ring_on_tpus(generation, devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_ring_on_h100(devices):
+    """Messages too large for XLA to combine, which by default run one at a time."""
     mesh = local_topologies.gpu_mesh({"x": devices})
-    compiled = compile_for(list(mesh.devices), RING, local=1024)
+    compiled = compile_for(list(mesh.devices), RING, local=8192, heads=8)
     assert_ring_is_hidden(verify_overlap(compiled), devices)
 
 
