@@ -4,6 +4,7 @@ import datetime
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from longctx.train.metrics import Record
 
@@ -18,14 +19,15 @@ class ProgressView:
     def __init__(self, steps: int, first: int) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._steps = steps
+        whole, rest = Column(no_wrap=True), Column(ratio=1)  # a narrow terminal costs the bar only
         self._bar = Progress(
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=whole),
+            BarColumn(bar_width=None, table_column=rest),
+            TextColumn("{task.fields[numbers]} ETA", table_column=whole),
+            TimeRemainingColumn(table_column=whole),
             console=self._console,
             disable=not self._console.is_terminal,
+            expand=True,
         )
         self._task = self._bar.add_task("", total=steps, completed=first, numbers="compiling")
         self._bar.start()
@@ -49,12 +51,13 @@ class ProgressView:
 def describe(record: Record) -> str:
     """The numbers of a record that a person watches, in one line."""
     formats = {
-        "loss": "loss {:.4f} nats",
+        "loss": "{:.4f} nats",
         "bits_per_byte": "{:.3f} bits/byte",
         "valid_bits_per_byte": "held out {:.3f} bits/byte",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "model_tflops_per_second": "{:.2f} TFLOP/s",
+        "tokens_per_second": "{:,.0f} tok/s",
         "mfu": "MFU {:.1%}",
     }
+    if record.get("mfu") is None:  # a device without a published peak
+        formats["model_tflops_per_second"] = "{:.2f} TFLOP/s"
     shown = [form.format(record[n]) for n, form in formats.items() if record.get(n) is not None]
     return "  ".join(shown)
