@@ -129,6 +129,7 @@ def report_of(config: RunConfig, topology: str) -> dict[str, Any]:
         raise UserError(f"the step does not compile for {topology}: {first}") from error
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
+    assert memory is not None, "the TPU compiler reports memory"
     # The state is donated: outputs that alias arguments need no memory of their own.
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs

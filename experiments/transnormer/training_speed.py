@@ -47,7 +47,7 @@ STEPS = 4
 class TrainingSpeed:
     """Tokens per second of whole training steps, by model and length."""
 
-    def measure(self, scale: str, runs: Path) -> list[Row]:
+    def measure(self, scale: str, runs: Path) -> Sequence[Row]:
         """Time warm steps; every program is compiled before the first is timed."""
         del runs  # nothing is trained to an end
         base, lengths, tokens = PAPER, LENGTHS, TOKENS
@@ -55,7 +55,7 @@ class TrainingSpeed:
             base, lengths, tokens = SMOKE, (64, 128), 256
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, remat="block"))
         models = {"TNL": base.model, "Transformer": transformer(base.model)}
-        rows = []
+        rows: list[Row] = []
         mesh = make_mesh()
         with jax.set_mesh(mesh):
             for name, model in models.items():
@@ -112,7 +112,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def _time_all(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) -> list[Row]:
+def _time_all(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) -> Sequence[Row]:
     """Time one model at all lengths; they share one training state."""
     rng = np.random.default_rng(0)
     batches = [_random_batch(config, rng, mesh) for config in configs]

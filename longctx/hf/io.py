@@ -188,7 +188,8 @@ def _assemble(
     dtype: jnp.dtype,
     sharding: NamedSharding,
 ) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "JAX passes None for scalars only"
         if not source.stacked:
             return _joined(tensors, source.recipes[0])[index].astype(dtype)
         layers = source.recipes[index[0]]

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from longctx.models import ModelConfig
 from longctx.models.config import periods
 
-type Path = tuple[str | int, ...]
+type Path = tuple[Any, ...]  # names and indices, as in an `nnx.State`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,8 @@ def sources(model: ModelConfig) -> dict[Path, Source]:
     """The source of every parameter of a model, by its path in the model's state."""
     softmax = not model.mixers[0].startswith("lightning")
     layer_recipes = _llama_layer if softmax else _transnormer_layer
-    found = {("embedding", "table"): Source((same("model.embed_tokens.weight"),), False)}
+    found: dict[Path, Source] = {}
+    found["embedding", "table"] = Source((same("model.embed_tokens.weight"),), False)
     if softmax:
         found["final_norm", "weight"] = Source((same("model.norm.weight"),), False)
     if not model.tied_head:

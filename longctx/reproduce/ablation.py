@@ -67,7 +67,7 @@ class Ablation:
             raise ValueError(f"{scale=} must be one of {', '.join(SCALES)}")
         return {name: arm.change(self.scales[scale]) for name, arm in self.arms.items()}
 
-    def measure(self, scale: str, runs: Path) -> list[Row]:
+    def measure(self, scale: str, runs: Path) -> Sequence[Row]:
         """Train every arm, or find it among `runs` if it was trained before."""
         rows = []
         for name, config in self.runs(scale).items():

@@ -1,7 +1,6 @@
 """The state of a run and the function that advances it by one optimizer step."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -84,8 +83,8 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
     return {f: jax.make_array_from_process_local_data(sharding, batch[f]) for f in MODEL_FIELDS}
 
 
-def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; it consumes (donates) the state it is given.
+def make_train_step(config: RunConfig) -> jax.stages.Wrapped:
+    """The jitted step (TrainState, Batch) -> (TrainState, Metrics); it consumes the state given.
 
     The loss is the mean over the batch's targets. With accumulation the batch is cut into slices
     of interleaved rows, so that every device keeps its own rows, and their gradients are added.
