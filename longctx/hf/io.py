@@ -49,6 +49,24 @@ class Tensors:
         return self._files[self._where[name]].get_tensor(name)
 
 
+def is_hf_folder(folder: pathlib.Path) -> bool:
+    """Whether `folder` has the config.json of a Hugging Face model (a run's looks different)."""
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
+
+
+def read_hf_config(folder: pathlib.Path) -> ModelConfig:
+    """The model in a Hugging Face folder.
+
+    Raises:
+      UserError: there is no config.json, or ours cannot express what it says.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json")
+    return from_hf(json.loads(path.read_text()))
+
+
 def load_hf(
     folder: pathlib.Path, mesh: Mesh | None = None, *, param_dtype: str = "float32"
 ) -> tuple[ModelConfig, nnx.State]:
@@ -65,10 +83,7 @@ def load_hf(
       UserError: an architecture that ours cannot express, or weights that are missing, unknown
         or of the wrong shape; all of them in one message.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no config.json")
-    config = from_hf(json.loads(path.read_text()))
+    config = read_hf_config(folder)
     config = dataclasses.replace(config, param_dtype=param_dtype)
     tensors, recipes = Tensors(folder), sources(config)
     model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))

@@ -1,0 +1,56 @@
+"""Beginning a run with another model's parameters: adaptation and continued pretraining."""
+
+import dataclasses
+import pathlib
+
+from jax.sharding import Mesh
+
+from longctx.data.config import DataConfig
+from longctx.hf import is_hf_folder, load_hf, read_hf_config
+from longctx.models.layers import by_layer, put_layers
+from longctx.train.config import RunConfig, RunError, read_config
+from longctx.train.restore import load_run
+from longctx.train.step import TrainState
+
+
+def source_config(source: pathlib.Path) -> RunConfig:
+    """The run in `source`, or a run of the model in a Hugging Face folder, with its tokenizer.
+
+    Raises:
+      RunError: `source` is neither.
+      UserError: a Hugging Face model that ours cannot express.
+    """
+    if not is_hf_folder(source):
+        return read_config(source)
+    tokenizer = source / "tokenizer.json"
+    name = str(tokenizer) if tokenizer.is_file() else DataConfig.tokenizer
+    return RunConfig(model=read_hf_config(source), data=DataConfig(tokenizer=name))
+
+
+def begin_with(
+    state: TrainState, config: RunConfig, source: pathlib.Path, mesh: Mesh
+) -> tuple[TrainState, list[str]]:
+    """`state` with the parameters that the model in `source` has too, layer by layer.
+
+    Layers may be of another kind: what both kinds have is taken (softmax, window, tensorized and
+    ring layers share all projections), the rest keeps its random values.
+
+    Returns:
+      the state, and the names of the parameters that `source` does not have.
+
+    Raises:
+      RunError: `source` holds no model, or parameters of other shapes.
+    """
+    if is_hf_folder(source):
+        model, params = load_hf(source, mesh, param_dtype=config.model.param_dtype)
+    else:
+        loaded = load_run(source, mesh)
+        model, params = loaded.config.model, loaded.params
+    given = by_layer(model, params)
+    try:
+        taken = put_layers(config.model, state.params, given)
+    except ValueError as error:
+        raise RunError(f"cannot begin with {source}: {error}") from error
+    own = by_layer(config.model, state.params)
+    fresh = [".".join(map(str, path)) for path in own if path not in given]
+    return dataclasses.replace(state, params=taken), fresh
