@@ -87,7 +87,7 @@ class _Call:
 
     def empty(self, like):
         """The buffer into which the chunks of a result are put."""
-        return unify_varying(jnp.zeros(like.shape, like.dtype), self.axes)
+        return unify_varying(jnp.empty(like.shape, like.dtype), self.axes)
 
     def sweep(self, step: Callable, carry, *, reverse: bool = False):
         """Run `step(decays, position, carry) -> carry` over the chunks, the last one shorter."""

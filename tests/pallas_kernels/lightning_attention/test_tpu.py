@@ -1,6 +1,7 @@
 """The TPU kernels without a TPU: interpreted with race detection, and compiled ahead of time."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels._pallas import pl, pltpu
-from pallas_kernels.lightning_attention import lightning_attention
+from pallas_kernels.lightning_attention import lightning_attention, lightning_step
 from pallas_kernels.lightning_attention.tiles import TpuTiles, tpu_tiles
 from tests.harness import check_op
 from tests.pallas_kernels.lightning_attention.cases import TOLERANCE, Case, attend, final_state
-from tests.topologies import TPUS, tpu_mesh
+from tests.topologies import TPUS, gpu_mesh, tpu_mesh
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
 interpreted = functools.partial(
     pltpu.force_tpu_interpret_mode, pltpu.InterpretParams(detect_races=True)
 )
@@ -129,6 +131,22 @@ def test_nothing_is_transposed_around_the_kernels():
     assert "bf16[2,16384,512]" in text
     entry = text[text.index("ENTRY") :]
     assert "16384,4,128]" not in entry, "an array is materialised with its heads apart"
+
+
+@pytest.mark.parametrize("mesh", [functools.partial(tpu_mesh, "v5e"), gpu_mesh], ids=["tpu", "gpu"])
+def test_a_step_reads_and_writes_the_state_once(mesh):
+    replicated = NamedSharding(mesh({"x": 1}), P())
+    token, state = ((8, 16, 128), jnp.bfloat16), ((8, 16, 128, 128), jnp.float32)
+    args = [
+        jax.ShapeDtypeStruct(*x, sharding=replicated)
+        for x in (token, token, token, ((16,), jnp.float32), state)
+    ]
+    compiled = jax.jit(lightning_step, donate_argnums=4).lower(*args).compile()
+    text = compiled.as_text()
+    entry = text[text.index("ENTRY") :]
+    made = re.findall(r"f32\[8,16,128,128\]\S*[^=]*? (\w+)\(", entry)
+    assert sorted(made) == ["fusion", "parameter"], f"operations on the state: {made}"
+    assert compiled.memory_analysis().temp_size_in_bytes == 0
 
 
 @pytest.mark.slow
