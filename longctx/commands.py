@@ -74,7 +74,7 @@ class EvalOptions:
     # Sequence lengths, separated by commas; each must divide the largest.
     lengths: str = "512,1024,2048,4096"
     # Held-out tokens to score, at least one sequence of the largest length.
-    tokens: int = 2**17
+    tokens: int = 2**16
 
     def __post_init__(self) -> None:
         if not all(n.isdecimal() and int(n) > 0 for n in self.lengths.split(",")):

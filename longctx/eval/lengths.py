@@ -12,6 +12,7 @@ from longctx.data.pipeline import load_corpus
 from longctx.eval.score import Score, make_scorer
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import read_rows, write_rows
+from longctx.train.config import RunError
 from longctx.train.restore import load_run
 
 
@@ -19,7 +20,7 @@ def evaluate(
     run: pathlib.Path,
     lengths: Sequence[int],
     *,
-    tokens: int = 2**18,
+    tokens: int = 2**16,
     mesh: MeshConfig | None = None,
 ) -> list[Score]:
     """Score the newest checkpoint of `run` on its held-out text, at each length.
@@ -34,14 +35,16 @@ def evaluate(
       mesh: devices to use; default one.
 
     Raises:
-      RunError: `run` has no checkpoint that can be read.
+      RunError: `run` has no checkpoint that can be read, or the model cannot take a length.
       DataError: the held-out text is shorter than the largest length.
       ValueError: a length does not divide the largest.
     """
     device_mesh = make_mesh(mesh)
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
-        config = loaded.config
+        config, rows = loaded.config, loaded.config.model.learned_positions
+        if rows and max(lengths) > rows:
+            raise RunError(f"length {max(lengths)} exceeds the model's {rows} learned positions")
         corpus = load_corpus(config.data, "valid", vocab_size=config.model.vocab_size)
         scores = []
         for length in sorted(lengths):

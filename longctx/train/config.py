@@ -128,6 +128,12 @@ class RunConfig:
                 f"data.sequence_length={self.data.sequence_length} must divide by "
                 f"mesh.seq={self.mesh.seq}"
             )
+        rows = self.model.learned_positions
+        if rows and self.data.sequence_length > rows:
+            raise ValueError(
+                f"data.sequence_length={self.data.sequence_length} exceeds "
+                f"model.learned_positions={rows}"
+            )
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must not exceed "

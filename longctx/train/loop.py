@@ -4,6 +4,7 @@ import pathlib
 import time
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from longctx.data.packing import Corpus
@@ -36,15 +37,15 @@ def train(config: RunConfig, out: pathlib.Path) -> None:
     Raises:
       DataError: the data cannot serve the run.
       RunError: `out` holds another run, none of its checkpoints can be read, a loss is not finite,
-        or there are too few devices.
+        or the model or the mesh cannot be built.
       SystemExit: a signal asked the run to stop; everything is saved.
     """
     try:
-        mesh = make_mesh(config.mesh)
-    except ValueError as error:
-        raise RunError(f"mesh: {error}") from error
+        mesh, graph = make_mesh(config.mesh), model_graph(config)
+    except (ValueError, TypeError) as error:  # a rule of the mesh or of some module
+        raise RunError(str(error)) from error
     with jax.set_mesh(mesh), StopSignal() as stop:
-        run = _Run(config, out, mesh)
+        run = _Run(config, out, mesh, graph)
         try:
             run.steps(stop)
         finally:
@@ -54,7 +55,9 @@ def train(config: RunConfig, out: pathlib.Path) -> None:
 class _Run:
     """A run in progress: its state, and everything that reads or writes it."""
 
-    def __init__(self, config: RunConfig, out: pathlib.Path, mesh: Mesh) -> None:
+    def __init__(
+        self, config: RunConfig, out: pathlib.Path, mesh: Mesh, graph: nnx.GraphDef
+    ) -> None:
         self._config, self._out, self._mesh = config, out, mesh
         vocab_size, length = config.model.vocab_size, config.data.sequence_length
         corpus = load_corpus(config.data, "train", vocab_size=vocab_size)
@@ -62,9 +65,7 @@ class _Run:
         self._batches = train_batches(
             corpus, config.data, process=jax.process_index(), processes=jax.process_count()
         )
-        self._score = make_scorer(
-            model_graph(config), held_out, length, tokens=config.eval.tokens, mesh=mesh
-        )
+        self._score = make_scorer(graph, held_out, length, tokens=config.eval.tokens, mesh=mesh)
         primary = jax.process_index() == 0  # the process that writes and speaks
         if primary:
             claim_directory(config, out)

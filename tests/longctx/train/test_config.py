@@ -79,6 +79,10 @@ def test_json_that_does_not_fit(change, message):
         (lambda: RunConfig(MODELS["tnl-tiny"], mesh=MeshConfig(data=3)), "batch_size=32 must div"),
         (lambda: RunConfig(MODELS["tnl-tiny"], train=TrainConfig(steps=50)), "warmup_steps=100"),
         (lambda: RunConfig(MODELS["tnl-tiny"], mesh=MeshConfig(seq=3)), "must divide by mesh.seq"),
+        (
+            lambda: RunConfig(MODELS["gpt2-tiny"], DataConfig(sequence_length=4096)),
+            "sequence_length=4096 exceeds model.learned_positions=1024",
+        ),
     ],
 )
 def test_rules(make, message):

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from longctx.parallel.mesh import make_mesh
+from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.train import loop
 from longctx.train.config import RunError
 from longctx.train.loop import train
 from longctx.train.metrics import read_metrics
 from longctx.train.restore import load_run
 from tests.golden.losses import GOLDEN, check_golden
-from tests.longctx.train.runs import TRANSFORMER, tiny_run, write_text
+from tests.longctx.train.runs import TNL, TRANSFORMER, tiny_run, write_text
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,15 @@ def test_another_run_in_the_same_directory_is_an_error(source, finished):
         train(other, finished)
 
 
-def test_more_devices_than_there_are(source, tmp_path):
-    config = tiny_run(source)
-    many = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=16))
-    with pytest.raises(RunError, match="needs 16 devices"):
-        train(many, tmp_path)
+@pytest.mark.parametrize(
+    ("model", "axes", "message"),
+    [
+        (TNL, {"data": 16}, "needs 16 devices"),
+        (dataclasses.replace(TNL, dtype="float31"), {}, "float31"),
+    ],
+)
+def test_what_cannot_be_built_is_a_clear_error(source, tmp_path, model, axes, message):
+    config = dataclasses.replace(tiny_run(source, model), mesh=MeshConfig(**axes))
+    with pytest.raises(RunError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
