@@ -188,9 +188,8 @@ class _Program:
             return tuple(map(int, found[1].split(",")))
         iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", i.rest)
         if iota:
-            shape, counted, order = (
-                tuple(map(int, part.split(","))) if part else None for part in iota.groups()
-            )
+            shape, counted = (tuple(map(int, part.split(","))) for part in iota.group(1, 2))
+            order = tuple(map(int, iota[3].split(","))) if iota[3] else None
             ids = np.arange(math.prod(counted)).reshape(counted)
             return tuple(ids.transpose(order).reshape(shape)[0].tolist())
         if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", i.rest):
