@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.flash_attention import reference, tpu, xla
+from pallas_kernels.flash_attention import gpu, reference, tpu, xla
 from pallas_kernels.flash_attention.reference import merge
 from pallas_kernels.flash_attention.tiles import Spec
 
 __all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "merge"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
 
 
 def flash_attention(

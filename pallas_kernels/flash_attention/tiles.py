@@ -60,19 +60,68 @@ XLA_TILES = Tiles(q=512, kv=512)
 
 
 @dataclasses.dataclass(frozen=True)
-class GpuTiles(Tiles):
-    """Tiles of one Hopper kernel: `q` rows, `kv` keys and `stages` of its rings."""
+class KernelTiles(Tiles):
+    """Tiles of one Hopper kernel: of `q` rows and `kv` keys; 64 of one of them per warpgroup."""
 
     stages: int = 2
     early_stages: int = 2  # of the ring whose tiles are multiplied once, early in a step
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("q", "kv"):
+            size = getattr(self, name)
+            if size % 64:
+                raise ValueError(f"KernelTiles.{name}={size} must be a multiple of 64")
+        for name in ("stages", "early_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"KernelTiles.{name}={getattr(self, name)} must be positive")
+
     def head_group(self, spec: Spec) -> int:
-        """Heads that run side by side: as many as keep their keys and values in half of L2."""
+        """Query heads that run side by side: as many as keep their keys and values in L2."""
         size = 2 * spec.kv_length * (spec.key_width + spec.value_width)
-        fits = max(24 * 2**20 * spec.group // size, spec.group)
+        fits = max(24 * 2**20 // size, 1) * spec.group
         return max(n for n in range(1, spec.q_heads + 1) if spec.q_heads % n == 0 and n <= fits)
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuTiles:
+    """Tiles of the Hopper kernels; `values` is None where one pass computes both dk and dv."""
+
+    forward: KernelTiles
+    keys: KernelTiles  # dk, with dv unless that has a pass of its own
+    values: KernelTiles | None  # dv
+    rows: KernelTiles  # dq
+
+    def __post_init__(self):
+        if self.rows.q % self.keys.q or self.keys.kv % self.rows.kv:
+            raise ValueError(
+                f"GpuTiles: rows.q={self.rows.q} must be a multiple of keys.q={self.keys.q},"
+                f" keys.kv={self.keys.kv} of rows.kv={self.rows.kv}"
+            )
+        if self.values and (self.values.q, self.values.kv) != (self.keys.q, self.keys.kv):
+            raise ValueError(f"GpuTiles: values={self.values} must have the q and kv of keys")
+
+
+GPU_TILES = {  # by the larger padded head width; measured on an H100
+    64: GpuTiles(
+        forward=KernelTiles(q=192, kv=128),
+        keys=KernelTiles(q=128, kv=128),
+        values=None,
+        rows=KernelTiles(q=128, kv=128),
+    ),
+    128: GpuTiles(
+        forward=KernelTiles(q=128, kv=128),
+        keys=KernelTiles(q=64, kv=128),
+        values=None,
+        rows=KernelTiles(q=128, kv=128),
+    ),
+    256: GpuTiles(
+        forward=KernelTiles(q=128, kv=64),
+        keys=KernelTiles(q=64, kv=128, early_stages=1),
+        values=KernelTiles(q=64, kv=128),
+        rows=KernelTiles(q=128, kv=64, early_stages=1),
+    ),
+}
 TPU_LANES = 128
 
 

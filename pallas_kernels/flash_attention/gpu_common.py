@@ -1,0 +1,181 @@
+"""What the Hopper kernels share: which tiles run, which keys a row sees, scores as exponents."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
+
+LOG2E = math.log2(math.e)
+ROWS = 64  # of the accumulator of one warpgroup
+MEMORY_REGISTERS = 24  # per thread of the warpgroup that loads
+COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}  # by the number of compute warpgroups
+WGMMA = plgpu.Layout.WGMMA
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+class Visible(NamedTuple):
+    """What the intervals let a tile do, as arrays in GMEM; causal and window are part of them.
+
+    `bounds` holds start, stop, full_start and full_stop (`intervals.Bounds`) of every tile.
+    """
+
+    bounds: Int[Array, "b h tiles 4"]
+    low: Int[Array, "b h T"]
+    high: Int[Array, "b h T"]
+
+
+def tile_bounds(visible: Visible | None, b, h, tile, otherwise: Callable[[], tuple]) -> tuple:
+    """start <= full_start <= full_stop <= stop of one tile, read or computed by `otherwise`."""
+    if visible is None:
+        start, stop, full_start, full_stop = otherwise()
+    else:
+        ref = visible.bounds
+        start, stop, full_start, full_stop = (ref[*_at(ref, b, h), tile, i] for i in range(4))
+    stop = jnp.maximum(start, stop)
+    full_start = jnp.clip(full_start, start, stop)
+    return start, full_start, jnp.clip(full_stop, full_start, stop), stop
+
+
+def seen(
+    spec: Spec, visible: Visible | None, b, h, shape: tuple[int, int], row_axis: int, row, key
+) -> jax.Array:
+    """Which scores of a tile count; its first query row is `row`, its first key is `key`."""
+    layout = WGMMA.reduce(1 - row_axis)
+    if visible is None:
+        rows = plgpu.broadcasted_iota(jnp.int32, (shape[row_axis],), 0, layout=layout)
+        low, high = limits(spec, rows + row)
+    else:
+        low, high = (
+            plgpu.load(
+                ref.at[*_at(ref, b, h), pl.ds(row, shape[row_axis])],
+                layout=layout,
+                optimized=False,
+            )
+            for ref in (visible.low, visible.high)
+        )
+    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1 - row_axis, layout=WGMMA) + key
+    inside = keys < lax.broadcast_in_dim(high, shape, (row_axis,))
+    if visible is not None or spec.window is not None:
+        inside &= keys >= lax.broadcast_in_dim(low, shape, (row_axis,))
+    return inside
+
+
+def _at(ref, b, h) -> tuple:
+    return (b if ref.shape[0] > 1 else 0), (h if ref.shape[1] > 1 else 0)
+
+
+def limits(spec: Spec, row):
+    """Keys `[low, high)` that a row sees by causality, window and the number of keys."""
+    low = jnp.zeros_like(row) if spec.window is None else row + (spec.q_offset - spec.window + 1)
+    high = jnp.full_like(row, spec.kv_length)
+    return low, jnp.minimum(high, row + (spec.q_offset + 1)) if spec.causal else high
+
+
+def row_tile_bounds(spec: Spec, tiles: KernelTiles, index) -> tuple:
+    """`intervals.row_bounds` of query tile `index` where there are no intervals."""
+    first = index * tiles.q
+    last = jnp.minimum(first + tiles.q, spec.q_length) - 1
+    (low, high), (last_low, last_high) = (
+        [jnp.clip(x, 0, spec.kv_length) for x in limits(spec, row)] for row in (first, last)
+    )
+    return (
+        lax.div(low, tiles.kv),
+        _up(last_high, tiles.kv),
+        _up(last_low, tiles.kv),
+        lax.div(high, tiles.kv),
+    )
+
+
+def column_tile_bounds(spec: Spec, tiles: KernelTiles, index) -> tuple:
+    """`intervals.column_bounds` of key tile `index` where there are no intervals."""
+    first, last = index * tiles.kv, index * tiles.kv + (tiles.kv - 1)
+    start = full_start = jnp.int32(0)
+    stop = full_stop = jnp.int32(spec.q_length)
+    if spec.causal:
+        start, full_start = first - spec.q_offset, last - spec.q_offset
+    if spec.window is not None:
+        stop, full_stop = (x + (spec.window - spec.q_offset) for x in (last, first))
+    full_stop = jnp.where(last < spec.kv_length, full_stop, 0)
+    start, full_start, stop, full_stop = (
+        jnp.clip(x, 0, spec.q_length) for x in (start, full_start, stop, full_stop)
+    )
+    # Rows past the last have no probability, so that the tile of the last row may count as full.
+    whole = jnp.where(full_stop == spec.q_length, tiles.q - 1, 0)
+    return (
+        lax.div(start, tiles.q),
+        _up(stop, tiles.q),
+        _up(full_start, tiles.q),
+        lax.div(full_stop + whole, tiles.q),
+    )
+
+
+def _up(count, size: int):
+    return lax.div(count + (size - 1), size)
+
+
+def exponent_scale(spec: Spec) -> float:
+    """The factor that turns `capped` into an exponent of 2."""
+    return LOG2E * (spec.scale if spec.soft_cap is None else spec.soft_cap)
+
+
+def capped(s: jax.Array, spec: Spec) -> jax.Array:
+    """The product q k^T, or with a soft cap tanh(scale q k^T / cap)."""
+    return s if spec.soft_cap is None else jnp.tanh(s * (spec.scale / spec.soft_cap))
+
+
+def per_row(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One number per row, spread along the columns."""
+    return lax.broadcast_in_dim(x, shape, (0,))
+
+
+def per_column(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """One number per column, spread along the rows."""
+    return lax.broadcast_in_dim(x, shape, (1,))
+
+
+def accumulate(accumulator, a: jax.Array, b, spare) -> None:
+    """accumulator += a b, with a in registers; in the interpreter through the SMEM ref `spare`.
+
+    The interpreter has neither a product with a register operand nor a store to an accumulator.
+    """
+    if spare is None:
+        plgpu.wgmma(accumulator, a, b)
+        return
+    spare[...] = a
+    plgpu.commit_smem()
+
+    def product(acc):
+        plgpu.wgmma(acc, spare, b)
+        return acc[...]
+
+    accumulator[...] += pl.run_scoped(product, plgpu.ACC(accumulator.shape, jnp.float32))
+
+
+def accumulators(body: Callable, shapes: Sequence[tuple[int, int]], spares: Sequence[Any]):
+    """body(*accumulators of zeros): in registers, or in the interpreter the SMEM refs `spares`."""
+    if spares[0] is None:
+        return pl.run_scoped(body, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    for spare in spares:
+        spare[...] = jnp.zeros(spare.shape, jnp.float32)
+    return body(*spares)
+
+
+def smem(*shape: int, dtype, transforms=()) -> Any:
+    """An array in SMEM; operands of products are `SWIZZLED`."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def awaited(barriers, steps, stages: int) -> None:
+    """Wait for the completions of a ring's last tiles: every one has to be awaited by someone."""
+
+    def wait(step, _):
+        plgpu.barrier_wait(barriers.at[lax.rem(step, stages)])
+
+    lax.fori_loop(jnp.maximum(steps - stages, 0), steps, wait, None)

@@ -1,0 +1,241 @@
+"""The forward pass on Hopper: a block owns `64 n` query rows, n compute warpgroups, one for TMA.
+
+    grid        (head groups, query tiles, heads of a group): the keys and values of the heads
+                that run side by side stay in L2; heavy query tiles first
+    GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie
+    SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA
+    registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
+
+The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
+Within a warpgroup the scores of a tile are multiplied together with `p v` of the tile before.
+Key tiles run from last to first: the masked ones at the diagonal start, those that need no
+mask follow in a loop of their own.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels.flash_attention.gpu_common import (
+    COMPUTE_REGISTERS,
+    LOG2E,
+    MEMORY_REGISTERS,
+    ROWS,
+    SWIZZLED,
+    WGMMA,
+    Visible,
+    accumulate,
+    accumulators,
+    awaited,
+    capped,
+    exponent_scale,
+    per_row,
+    row_tile_bounds,
+    seen,
+    smem,
+    tile_bounds,
+)
+from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
+
+PER_ROW = WGMMA.reduce(1)
+
+
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K E"],
+    visible: Visible | None,
+    carry: tuple[Float[Array, "B T H E"], Float[Array, "B H T"]] | None,
+    *,
+    spec: Spec,
+    tiles: KernelTiles,
+    interpret: Any = None,
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+    """o and lse; T and S are whole tiles, D and E multiples of 64 (spec has the true lengths)."""
+    batch, length, heads, key_width = q.shape
+    width = v.shape[-1]
+    warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
+    shape = (ROWS, tiles.kv)
+    through_smem = spec.out_dtype == q.dtype and width == key_width  # o leaves by q's SMEM
+    arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
+
+    def kernel(*refs):
+        q_gmem, k_gmem, v_gmem, ranges, o_in, lse_in = jax.tree.unflatten(
+            structure, refs[: len(arrays)]
+        )
+        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), full, empty, spare = refs[len(arrays) :]
+        q_full, k_full, v_full = full
+        k_empty, v_empty, turn = empty
+        index = lax.axis_index("group") * group + lax.axis_index("head")
+        b, h = lax.div(index, heads), lax.rem(index, heads)
+        tile = length // tiles.q - 1 - lax.axis_index("tile")
+        warpgroup = lax.axis_index("warpgroup")
+        start, full_start, full_stop, stop = tile_bounds(
+            ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
+        )
+        # A tile without keys runs one step that is masked whole, and so writes its zeros.
+        start = jnp.minimum(start, k_gmem.shape[1] // tiles.kv - 1)
+        stop = jnp.maximum(stop, start + 1)
+        steps = stop - start
+
+        @pl.when(warpgroup == warpgroups)
+        def _load():
+            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+            for w in range(warpgroups):
+                rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
+                plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[w], q_full.at[w])
+            rings = ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty))
+
+            def load(step, _):
+                slot = lax.rem(step, stages)
+                at = b, pl.ds((stop - 1 - step) * tiles.kv, tiles.kv), lax.div(h, spec.group)
+                for gmem, ring, ready, free in rings:
+                    pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                    plgpu.copy_gmem_to_smem(gmem.at[*at], ring.at[slot], ready.at[slot])
+
+            lax.fori_loop(0, steps, load, None)
+            awaited(k_empty, steps, stages)
+            awaited(v_empty, steps, stages)
+
+        @pl.when(warpgroup < warpgroups)
+        def _compute():
+            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+            first_row = tile * tiles.q + warpgroup * ROWS
+            rows = pl.ds(first_row, ROWS)
+            q_own = q_smem.at[warpgroup]
+            p_spare, o_spare = (None if x is None else x.at[warpgroup] for x in spare)
+            scale = exponent_scale(spec)
+
+            def take_turn():
+                if warpgroups > 1:
+                    plgpu.barrier_wait(turn.at[warpgroup])
+
+            def pass_turn():
+                if warpgroups > 1:
+                    plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, warpgroups)])
+
+            def multiply_scores(s_acc, slot):
+                plgpu.wgmma(s_acc, q_own, k_smem.at[slot].transpose((1, 0)))
+
+            def soften(s, m, l, step, masked):
+                """p = 2^(scale s - m), the new maximum m and sum l, and what o shrinks by."""
+                s = capped(s, spec)
+                if masked:
+                    key = (stop - 1 - step) * tiles.kv
+                    s = jnp.where(seen(spec, ranges, b, h, shape, 0, first_row, key), s, -jnp.inf)
+                new_m = jnp.maximum(m, s.max(axis=1) * scale)
+                anchor = jnp.where(new_m == -jnp.inf, 0.0, new_m) if masked else new_m
+                shrink = jnp.exp2(m - anchor)
+                p = jnp.exp2(s * scale - per_row(anchor, shape))
+                return p, new_m, l * shrink + p.sum(axis=1), shrink
+
+            def compute(o_acc):
+                if carry is None:
+                    m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW)
+                    l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
+                else:
+                    m = plgpu.load(lse_in.at[b, h, rows], layout=PER_ROW, optimized=False) * LOG2E
+                    l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+
+                def first(s_acc):
+                    plgpu.barrier_wait(q_full.at[warpgroup])
+                    plgpu.barrier_wait(k_full.at[0])
+                    pl.when(warpgroup > 0)(take_turn)
+                    multiply_scores(s_acc, 0)
+                    pass_turn()
+                    return s_acc[...]
+
+                s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
+                plgpu.barrier_arrive(k_empty.at[0])
+                p, m, l, shrink = soften(s, m, l, 0, True)
+                p = p.astype(v.dtype)
+                if carry is not None:
+                    o = plgpu.load(o_in.at[b, rows, h], layout=WGMMA, optimized=False)
+                    o_acc[...] = o * per_row(shrink, (ROWS, width))
+
+                def step(masked, i, state):
+                    p, m, l = state
+                    slot, before = lax.rem(i, stages), lax.rem(i - 1, stages)
+
+                    def multiply(s_acc):
+                        plgpu.barrier_wait(k_full.at[slot])
+                        take_turn()
+                        multiply_scores(s_acc, slot)
+                        plgpu.barrier_wait(v_full.at[before])
+                        accumulate(o_acc, p, v_smem.at[before], p_spare)
+                        pass_turn()
+                        return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+
+                    s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                    plgpu.barrier_arrive(k_empty.at[slot])
+                    new_p, m, l, shrink = soften(s, m, l, i, masked)
+                    o = o_acc[...]
+                    plgpu.barrier_arrive(v_empty.at[before])
+                    o_acc[...] = o * per_row(shrink, (ROWS, width))
+                    # Only now: the registers of the old p were in use by its product.
+                    return new_p.astype(v.dtype), m, l
+
+                masked_to = jnp.maximum(stop - full_stop, 1)
+                full_to = jnp.maximum(stop - full_start, masked_to)
+                state = lax.fori_loop(1, masked_to, functools.partial(step, True), (p, m, l))
+                state = lax.fori_loop(masked_to, full_to, functools.partial(step, False), state)
+                if visible is not None or spec.window is not None:
+                    state = lax.fori_loop(full_to, steps, functools.partial(step, True), state)
+                p, m, l = state
+                last = lax.rem(steps - 1, stages)
+                plgpu.barrier_wait(v_full.at[last])
+                accumulate(o_acc, p, v_smem.at[last], p_spare)
+                pl.when(warpgroup == 0)(take_turn)
+                o = o_acc[...]
+                plgpu.barrier_arrive(v_empty.at[last])
+                return o, m, l
+
+            o, m, l = accumulators(compute, [(ROWS, width)], [o_spare])
+            lse_gmem.at[b, h, rows][...] = m * (1 / LOG2E) + jnp.log(l)
+            o = o * per_row(1 / jnp.where(l == 0.0, 1.0, l), (ROWS, width))
+            if through_smem:
+                q_own[...] = o.astype(q.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_own, o_gmem.at[b, rows, h])
+                plgpu.wait_smem_to_gmem(0)
+            else:
+                o_gmem.at[b, rows, h][...] = o.astype(spec.out_dtype)
+
+    operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, length, heads, width), spec.out_dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        scratch_types=(
+            (
+                operand(warpgroups, ROWS, key_width),
+                operand(stages, tiles.kv, key_width),
+                operand(stages, tiles.kv, width),
+            ),
+            tuple(plgpu.Barrier(num_barriers=n) for n in (warpgroups, stages, stages)),
+            (
+                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+                plgpu.Barrier(num_barriers=warpgroups),
+            ),
+            (None, None)
+            if interpret is None
+            else (
+                operand(warpgroups, ROWS, tiles.kv),
+                smem(warpgroups, ROWS, width, dtype=jnp.float32),
+            ),
+        ),
+        grid=(batch * heads // group, length // tiles.q, group),
+        grid_names=("group", "tile", "head"),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*arrays)

@@ -1,0 +1,160 @@
+"""The Hopper kernels: interpreted with race detection, compiled ahead of time, and run on a GPU.
+
+The interpreter knows no reductions in GMEM, so it covers the deterministic kernels; the one that
+reduces dq is compiled here and runs where there is a GPU.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels._pallas import plgpu
+from pallas_kernels.flash_attention import flash_attention, gpu, reference
+from pallas_kernels.flash_attention.api import make_spec
+from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles
+from tests.harness import assert_close, check_op
+from tests.pallas_kernels.flash_attention.cases import (
+    TOLERANCE,
+    definition,
+    inputs,
+    random_intervals,
+)
+from tests.topologies import gpu_mesh
+
+ON_GPU = jax.default_backend() == "gpu"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU: too long to interpret")
+DATA = P("data")
+
+# Small tiles: a ring of k, v turns twice over some 300 keys.
+TOGETHER = GpuTiles(
+    forward=KernelTiles(q=128, kv=64),
+    keys=KernelTiles(q=64, kv=128),
+    values=None,
+    rows=KernelTiles(q=128, kv=64),
+)
+APART = dataclasses.replace(
+    TOGETHER,
+    keys=KernelTiles(q=64, kv=128, early_stages=1),
+    values=KernelTiles(q=64, kv=128),
+    rows=KernelTiles(q=128, kv=64, early_stages=1),
+)
+
+
+def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
+    """Both passes against the definition; with `blocks` they continue and add to float32."""
+    q, k, v = args
+    options = {"causal": True, "window": None, "q_offset": 0, "scale": None, "soft_cap": None}
+    spec = make_spec(q, k, v, lo, *(options | mask).values(), True)
+    wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
+    keys = iter(jax.random.split(jax.random.key(7), 8))
+    do = jax.random.normal(next(keys), (*q.shape[:3], v.shape[3])).astype(q.dtype)
+    carry = sums = None
+    if blocks:
+        spec = wide
+        lse = jax.random.normal(next(keys), (q.shape[0], q.shape[2], q.shape[1]))
+        carry = jax.random.normal(next(keys), do.shape), lse
+        sums = tuple(jax.random.normal(next(keys), x.shape) for x in args)
+    exact = [x.astype(jnp.float32) for x in args]
+    o, lse = reference.fwd(*exact, lo, hi, carry, spec=wide)
+    delta = jnp.einsum("bthe,bthe->bht", o, do.astype(jnp.float32))
+    rest = lo, hi, do, lse, delta, sums
+    run = {"spec": spec, "tiles": tiles}
+    if not ON_GPU:
+        run["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+    value, gradient = TOLERANCE[q.dtype]
+    with jax.numpy_dtype_promotion("strict"):
+        assert_close(gpu.fwd(*args, lo, hi, carry, **run), (o, lse), value)
+        found = gpu.bwd(*args, *rest, **run)
+    want = reference.bwd(*exact, *rest[:2], do.astype(jnp.float32), *rest[3:], spec=wide)
+    assert all(x.dtype == spec.out_dtype for x in found)
+    assert_close(found, want, gradient, "gradient")
+
+
+half = functools.partial(inputs, dtype=jnp.bfloat16)
+
+
+def test_interpreted_window_offset_and_soft_cap(capfd):
+    args = half(1, 100, 170, heads=2, kv_heads=1, width=40, value_width=64)
+    check_passes(args, tiles=TOGETHER, q_offset=70, window=50, soft_cap=2.0)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_interpreted_intervals_continuing_and_adding(capfd):
+    args = half(1, 130, 190, heads=2)
+    lo, hi = random_intervals((1, 2, 130), 190)
+    check_passes(args, lo, hi, tiles=APART, blocks=True, causal=False)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@needs_gpu
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (64, 128), (192, 24)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+def test_on_gpu(widths, heads, dtype):
+    args = inputs(2, 500, 700, *heads, *widths, dtype=dtype)
+    lo, hi = random_intervals((2, 1, 500), 700)
+    tiles = GPU_TILES[next(w for w in GPU_TILES if w >= max(widths))]
+    for limits in ((None, None), (lo, hi)):
+        check_passes(args, *limits, tiles=tiles, q_offset=200, blocks=True)
+    value, gradient = TOLERANCE[args[0].dtype]
+    for mask in ({"window": 300}, {"lo": lo[:, 0], "hi": hi[:, 0], "causal": False}):
+        run = functools.partial(flash_attention, return_lse=True, backend="gpu", **mask)
+        check_op(  # two runs equal bit by bit
+            functools.partial(run, deterministic=True),
+            functools.partial(definition, **mask),
+            args,
+            wrt=(0, 1, 2),
+            tolerance=value,
+            grad_tolerance=gradient,
+        )
+        sums = jax.jit(jax.grad(lambda *x, run=run: jnp.square(run(*x)[0]).sum(), (0, 1, 2)))
+        exact = jax.grad(lambda *x, m=mask: jnp.square(definition(*x, **m)[0]).sum(), (0, 1, 2))
+        assert_close(sums(*args), exact(*(x.astype(jnp.float32) for x in args)), 2 * gradient)
+
+
+def test_refusals():
+    q = jnp.zeros((1, 64, 1, 64))
+    with pytest.raises(NotImplementedError, match="bfloat16 and float16"):
+        flash_attention(q, q, q, backend="gpu")
+    wide = jnp.zeros((1, 64, 1, 320), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="above 256"):
+        flash_attention(wide, wide, wide, backend="gpu")
+    with pytest.raises(ValueError, match="multiple of 64"):
+        KernelTiles(q=96, kv=128)
+    with pytest.raises(ValueError, match=r"rows\.q=128 must be a multiple of keys\.q=192"):
+        dataclasses.replace(TOGETHER, keys=KernelTiles(q=192, kv=128))
+
+
+@pytest.mark.parametrize(
+    ("width", "deterministic", "packed"),
+    [
+        (128, False, False),
+        pytest.param(64, False, True, marks=pytest.mark.slow),
+        pytest.param(128, True, True, marks=pytest.mark.slow),
+        pytest.param(256, False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_compiles_for_h100(width, deterministic, packed):
+    """What ptxas and the check of shared memory refuse is an error; nothing is gathered."""
+    mesh = gpu_mesh({"data": 2})
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, DATA))
+
+    def gradients(q, k, v, lo, do):
+        run = functools.partial(flash_attention, lo=lo, deterministic=deterministic)
+        o, pullback = jax.vjp(run, q, k, v)
+        return o, pullback(do)
+
+    q, k = shape(2, 1000, 4, width), shape(2, 1000, 2, width)
+    lo = shape(2, 1000, dtype=jnp.int32) if packed else None
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=DATA, out_specs=DATA)
+    text = jax.jit(sharded).lower(q, k, k, lo, q).compile().as_text()
+    assert text.count('custom_call_target="mosaic_gpu') >= (3 if deterministic else 2)
+    assert "all-gather" not in text
