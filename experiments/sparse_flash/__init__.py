@@ -1,0 +1,1 @@
+"""Sparse Flash Attention: arXiv 2306.01160."""
