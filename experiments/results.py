@@ -1,0 +1,238 @@
+"""RESULTS.md, and the table in README.md, from the committed rows: `python -m experiments.results`.
+
+Every number in them is read from a results file; a claim whose file is not there says so. With
+--check nothing is written, and the exit code says whether both files are up to date.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longctx.provenance import read_rows
+
+ROOT = Path(__file__).parents[1]
+BENCH = Path("experiments/bench/results")
+MARKS = ("<!-- results: made by python -m experiments.results -->", "<!-- end of results -->")
+
+type Row = dict[str, Any]
+
+
+class Line(NamedTuple):
+    """One measured comparison: what, of which rival, and our number, with ours over theirs."""
+
+    what: str
+    rival: str
+    theirs: str
+    ours: str
+    ratio: float
+    row: Row
+    headline: bool = False  # stands in the README too
+
+
+class Section(NamedTuple):
+    """The claims of one paper: where their rows are, and how to read them."""
+
+    title: str
+    claim: str
+    file: Path
+    lines: Callable[[Sequence[Row]], Iterator[Line]]
+
+
+def _time_line(what: str, rival: Row, ours: Row, key: str, name: str, headline: bool) -> Line:
+    theirs, mine = rival[key], ours[key]
+    return Line(what, name, f"{theirs:.3f} ms", f"{mine:.3f} ms", mine / theirs, ours, headline)
+
+
+def lightning(rows: Sequence[Row]) -> Iterator[Line]:
+    """Kernel times against flash-linear-attention and the byte floor; flatness by length."""
+    shapes = [r for r in rows if r["group"] == "shapes" and "forward_ms" in r]
+    for ours in (r for r in shapes if r["implementation"] == "ours"):
+        where = f"{ours['batch']} x {ours['length']}"
+        same = {
+            r["implementation"]: r
+            for r in shapes
+            if (r["batch"], r["length"]) == (ours["batch"], ours["length"])
+        }
+        fla = same["fla chunk_simple_gla"]
+        for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+            headline = key == "both_ms"
+            yield _time_line(f"{name}, {where}", fla, ours, key, "fla chunk_simple_gla", headline)
+        floor = {**ours, "forward_ms": ours["forward_floor_ms"]}
+        yield _time_line(f"forward, {where}", floor, ours, "forward_ms", "byte floor", False)
+    lengths = [r for r in rows if r["group"] == "lengths"]
+    if lengths:
+        first = lengths[0]["ns_per_token"]["both"]
+        for r in lengths[1:]:
+            here = r["ns_per_token"]["both"]
+            what = f"time per token, forward + backward, {r['length']} tokens"
+            rival = f"the same at {lengths[0]['length']}"
+            yield Line(what, rival, f"{first:.1f} ns", f"{here:.1f} ns", here / first, r)
+
+
+def by_operator(rival: str, names: Sequence[str]) -> Callable[[Sequence[Row]], Iterator[Line]]:
+    """Lines for files that have a row per operator, at one or several lengths."""
+
+    def lines(rows: Sequence[Row]) -> Iterator[Line]:
+        for ours in rows:
+            if not ours["operator"].startswith(tuple(names)):
+                continue
+            theirs = next(
+                r for r in rows if r["operator"] == rival and r["length"] == ours["length"]
+            )
+            for key, name in (("forward", "forward"), ("forward_backward", "forward + backward")):
+                where = f"{ours['operator']}, {name}, {ours.get('batch', 1)} x {ours['length']}"
+                headline = key == "forward_backward"
+                yield _time_line(where, theirs, ours, f"{key}_ms", rival, headline)
+
+    return lines
+
+
+def training_speed(rows: Sequence[Row]) -> Iterator[Line]:
+    """Tokens per second of whole training steps: TNL against the Transformer of its size."""
+    speed = {(r["model"], r["length"]): r for r in rows}
+    for length in sorted({r["length"] for r in rows}):
+        ours, theirs = speed["TNL", length], speed["Transformer", length]
+        mine, other = ours["tokens_per_second"], theirs["tokens_per_second"]
+        yield Line(
+            f"training, 385M, sequences of {length}",
+            "our softmax Transformer",
+            f"{other:,.0f} tokens/s",
+            f"{mine:,.0f} tokens/s",
+            mine / other,
+            ours,
+            True,
+        )
+
+
+def ablation(rows: Sequence[Row]) -> Iterator[Line]:
+    """Differences from the base arm, ours in bits per byte; a ratio of them means nothing."""
+    from longctx.reproduce.ablation import compare
+
+    for result in compare(rows):
+        row = next(r for r in rows if r["arm"] == result.arm)
+        if not result.is_base:
+            paper = "" if result.paper_difference is None else f"{result.paper_difference:+.3f}"
+            what = f"{row['title']}: {result.arm} against {row['base']}"
+            yield Line(what, row["source"], paper, result.verdict, float("nan"), row)
+
+
+TRANSNORMER = Path("experiments/transnormer/results")
+SECTIONS = [
+    Section(
+        "Lightning attention",
+        "Constant time per token at any length (2401.04658), faster than every peer.",
+        BENCH / "lightning_gpu.jsonl",
+        lightning,
+    ),
+    Section(
+        "TransNormerLLM: training speed",
+        "Tokens per second do not fall with the length (2405.17381).",
+        TRANSNORMER / "training_speed-paper.jsonl",
+        training_speed,
+    ),
+    *(
+        Section(
+            f"TransNormerLLM: {name.replace('_', ' ')}",
+            "Ablation of 2405.17381 at reduced scale.",
+            TRANSNORMER / f"{name}-small.jsonl",
+            ablation,
+        )
+        for name in (
+            "positional_encoding",
+            "decay_temperature",
+            "gating",
+            "normalization",
+            "gla_activation",
+            "glu_activation",
+            "transformer",
+        )
+    ),
+    *(
+        Section(
+            f"Sparse flash attention, {length} tokens",
+            "Dropping and hashing beat dense attention (2306.01160), everything included.",
+            BENCH / f"sparse_{length}.jsonl",
+            by_operator("cudnn dense", ("hash", "drop", "our dense")),
+        )
+        for length in (8192, 16384, 32768)
+    ),
+    Section(
+        "Tensorized attention",
+        "The operator is 11x faster than dense attention at 128K tokens (2410.20926).",
+        BENCH / "tensorized.jsonl",
+        by_operator("cudnn dense", ("mixed radix",)),
+    ),
+]
+
+
+def results() -> str:
+    """The text of RESULTS.md."""
+    text = [
+        "# Results",
+        "",
+        "Made from the committed rows by `python -m experiments.results`; nothing is typed.",
+        "A ratio is ours over theirs in one run on one machine: times below 1, speeds above 1 are",
+        "better. What was not measured says so.",
+    ]
+    for section in SECTIONS:
+        text += ["", f"## {section.title}", "", section.claim, ""]
+        path = ROOT / section.file
+        if not path.exists():
+            text.append(f"Not measured yet: `{section.file}` does not exist.")
+            continue
+        rows = read_rows(path)
+        text += ["| what | beside | theirs | ours | ratio |", "|---|---|---|---|---|"]
+        text += [_shown(line) for line in section.lines(rows)]
+        text += ["", _origin(rows[0], section.file)]
+    return "\n".join(text) + "\n"
+
+
+def readme_table() -> str:
+    """The headline lines."""
+    text = ["| what | beside | theirs | ours | ratio |", "|---|---|---|---|---|"]
+    for section in SECTIONS:
+        if (ROOT / section.file).exists():
+            rows = read_rows(ROOT / section.file)
+            text += [_shown(line, section.title) for line in section.lines(rows) if line.headline]
+    return "\n".join(text)
+
+
+def _shown(line: Line, title: str = "") -> str:
+    what = f"{title}: {line.what}" if title else line.what
+    ratio = "" if line.ratio != line.ratio else f"{line.ratio:.2f}"
+    return f"| {what} | {line.rival} | {line.theirs} | {line.ours} | {ratio} |"
+
+
+def _origin(row: Row, file: Path) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    return (
+        f"{row['device_count']} x {row['device']}{driver}; {versions}; {row['date'][:10]}. "
+        f"`{row['command']}`; rows in `{file}`."
+    )
+
+
+def with_table(readme: str) -> str:
+    """The README with a new table between its marks."""
+    before, _, rest = readme.partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    return f"{before}{MARKS[0]}\n{readme_table()}\n{MARKS[1]}{after}"
+
+
+def main() -> None:
+    """Write both files, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if out of date")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    wanted = {ROOT / "RESULTS.md": results(), readme: with_table(readme.read_text())}
+    for path, text in wanted.items():
+        if not options.check:
+            path.write_text(text)
+        elif path.read_text() != text:
+            raise SystemExit(f"{path.name} is out of date: run python -m experiments.results")
+
+
+if __name__ == "__main__":
+    main()
