@@ -126,9 +126,7 @@ class ModelConfig:
     init_std: float = 0.02  # normal(0, 0.02) for all weights, no residual scaling (author code)
     dtype: str = "bfloat16"  # of computation (paper)
     param_dtype: str = "float32"  # of parameters (ours)
-    remat: Remat = (
-        "none"  # what backward recomputes: none, block (everything), dots (all but those)
-    )
+    remat: Remat = "none"  # what backward recomputes: none, block (all), dots (all but products)
     unroll: bool = False  # compile each layer on its own: slower to compile, may be faster to run
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Softmax self-attention as a module."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ class SelfAttention(nnx.Module):
             frequencies = rope_frequencies(self.rotated, self.rope_base, self.rope_scaling)
             q, k = rope(positions, frequencies, q, k)
         if cache is None:
-            o = context_attention(
+            attention = context_attention(
                 q,
                 k,
                 v,
@@ -128,6 +129,7 @@ class SelfAttention(nnx.Module):
                 doc_start=doc_start,
                 **self.axes.operator,
             )
+            o = cast(Array, attention)  # not (o, lse), since that was not asked for
         else:
             start, new = cache.length, jnp.full(B, T, jnp.int32) if lengths is None else lengths
             keys, values = (

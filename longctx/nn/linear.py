@@ -64,8 +64,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, index: Int[Array, "*rows"]) -> Float[Array, "*rows M"]:
         """Rows of the table in the compute dtype."""
-        return jnp.take(place(self.whole(), P()), index, axis=0, mode="clip")
-
-    def whole(self) -> Float[Array, "V M"]:
-        """The table in the compute dtype."""
-        return self.table[...].astype(self.dtype)
+        # Rows are rounded after the look-up, so that a frequent token's gradient, the sum over
+        # all its occurrences, is taken in the parameters' dtype.
+        rows = jnp.take(place(self.table[...], P()), index, axis=0, mode="clip")
+        return rows.astype(self.dtype)

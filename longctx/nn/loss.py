@@ -36,7 +36,7 @@ def chunked_cross_entropy(
       chunk: tokens per device whose logits are held at once.
 
     Raises:
-      ValueError: `chunk` < 1.
+      ValueError: `chunk` < 1; or T is no multiple of the devices along `seq` and `tensor`.
     """
     if chunk < 1:
         raise ValueError(f"{chunk=} must be at least 1")

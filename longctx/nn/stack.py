@@ -15,8 +15,7 @@ from longctx.nn.sharding import DEFAULT_AXES, Axes, place
 type Remat = Literal["none", "block", "dots"]
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "block": None,  # keep only what enters each block
+    "block": None,  # keep only what enters each period
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -109,8 +108,8 @@ class Stack(nnx.Module):
         unroll: bool = False,
         rngs: nnx.Rngs,
     ):
-        if remat not in REMAT_POLICIES:
-            raise ValueError(f"{remat=} must be one of {sorted(REMAT_POLICIES)}")
+        if remat not in ("none", *REMAT_POLICIES):
+            raise ValueError(f"{remat=} must be 'none' or one of {sorted(REMAT_POLICIES)}")
         self.remat, self.unroll = remat, unroll
         self.periods = nnx.List([])
         first = 0
