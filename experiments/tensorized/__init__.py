@@ -1,0 +1,1 @@
+"""Attention tensorization: arXiv 2410.20926."""

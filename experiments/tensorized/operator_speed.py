@@ -1,0 +1,109 @@
+"""Speed of the tensorized operator by length, against dense attention.
+
+Claim (2410.20926, abstract): 11 times as fast as full attention with FlashAttention-2 at 128K
+tokens; whether of the kernel, the layer or decoding is not known. The pairs computed allow 102.
+Command: longctx reproduce experiments/tensorized/operator_speed.py --scale paper
+Expected: at 131072 = 512 x 256 at least 20 times as fast as dense, forward and forward + backward;
+time nearly linear in the length. One sequence, 32 query and 8 key/value heads of 128, bf16.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench._timing import time_ms
+from experiments.bench.tensorized import both
+from longctx.attention.tensorized import tensorized_attention
+from longctx.reproduce import Row
+from pallas_kernels.flash_attention import flash_attention
+
+SHAPES = {  # fast x slow, by length
+    "smoke": {64: (8, 8)},
+    "small": {8192: (128, 64), 32768: (256, 128), 131072: (512, 256)},
+    "paper": {
+        8192: (128, 64), 16384: (128, 128), 32768: (256, 128), 65536: (256, 256),
+        131072: (512, 256), 262144: (512, 512), 524288: (1024, 512), 1048576: (1024, 1024),
+    },
+}  # fmt: skip
+HEADS = {"smoke": (2, 1, 16), "small": (32, 8, 128), "paper": (32, 8, 128)}
+DENSE_UP_TO = 131072  # beyond it dense attention takes seconds and is left out
+BIAS = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorSpeed:
+    """Milliseconds of one operator call, by length."""
+
+    def measure(self, scale: str, runs: Path) -> list[Row]:
+        """Time forward, and forward + backward where its arrays fit beside the inputs."""
+        del runs  # nothing is trained
+        heads, kv_heads, width = HEADS[scale]
+        rows = []
+        for length, dims in SHAPES[scale].items():
+            tensorized = functools.partial(
+                tensorized_attention, dims=dims, self_bias=jnp.full((1, heads), BIAS)
+            )
+            operators = {"tensorized": tensorized}
+            if length <= DENSE_UP_TO:
+                operators["dense"] = flash_attention
+            keys = jax.random.split(jax.random.key(0), 4)
+            q, k, v, do = (
+                jax.random.normal(key, (1, length, h, width), jnp.bfloat16)
+                for key, h in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
+            )
+            for name, operator in operators.items():
+                forward = time_ms(jax.jit(operator), q, k, v, batches=3)
+                row = {"operator": name, "length": length, "dims": list(dims)}
+                row |= {"forward_ms": forward, "forward_backward_ms": None}
+                if length <= DENSE_UP_TO:
+                    row["forward_backward_ms"] = time_ms(
+                        jax.jit(both(operator)), q, k, v, do, batches=3
+                    )
+                rows.append(row)
+        return rows
+
+    def table(self, rows: Sequence[Row]) -> str:
+        """A row per length."""
+        cells = {(r["operator"], r["length"]): r for r in rows}
+        lines = [
+            f"# Tensorized attention, one call on {rows[0]['device']}",
+            "",
+            "| length | dims | forward, ms | dense / this | forward + backward, ms | "
+            "dense / this | paper |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            if r["operator"] == "dense":
+                continue
+            shown = []
+            for column in ("forward_ms", "forward_backward_ms"):
+                dense = cells.get(("dense", r["length"]), {}).get(column)
+                shown.append("" if r[column] is None else f"{r[column]:.3f}")
+                shown.append("" if dense is None else f"{dense / r[column]:.1f}")
+            paper = "11 (of what is not known)" if r["length"] == 131072 else ""
+            dims = " x ".join(map(str, r["dims"]))
+            lines.append(f"| {r['length']} | {dims} | {' | '.join(shown)} | {paper} |")
+        return "\n".join(lines) + "\n"
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        """Forward time by length."""
+        from matplotlib.figure import Figure  # slow to import
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="sequence length", ylabel="ms, forward")
+        for name in dict.fromkeys(r["operator"] for r in rows):
+            ours = [(r["length"], r["forward_ms"]) for r in rows if r["operator"] == name]
+            axes.plot(*zip(*ours, strict=True), "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
+EXPERIMENT = OperatorSpeed()
