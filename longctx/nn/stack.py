@@ -1,6 +1,7 @@
 """The decoder block, and stacks of blocks scanned over their repeats."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -97,7 +98,7 @@ class Stack(nnx.Module):
       segments: the layers, in order.
       remat: what the backward pass recomputes: "none"; "block", everything but the input of each
         period; "dots", everything but that and the results of dense products.
-      unroll: compile every repeat on its own, which is larger and may be faster.
+      unroll: compile every repeat on its own in calls without a cache: larger, may be faster.
     """
 
     def __init__(
@@ -139,24 +140,39 @@ class Stack(nnx.Module):
         for i, period in enumerate(self.periods):
             graph, state = nnx.split(period)
 
-            def one_period(x, layer, graph=graph):
-                state, memories = layer
+            def one_period(carry, layer, graph=graph):
+                # The memory is carried and written in place: scanned over, it would be held twice.
+                x, memory = carry
+                state, repeat = layer
                 kept = []
-                for block, memory in zip(nnx.merge(graph, state).blocks, memories, strict=True):
-                    x, seen = block(x, cache and Cache(cache.length, memory), **where)
-                    kept.append(seen and seen.memory)
-                return x, tuple(kept)
+                for block, whole in zip(nnx.merge(graph, state).blocks, memory, strict=True):
+                    x, seen = block(x, cache and Cache(cache.length, _get(whole, repeat)), **where)
+                    kept.append(seen and _put(whole, seen.memory, repeat))
+                return (x, tuple(kept)), None
 
             if self.remat != "none":
                 policy = REMAT_POLICIES[self.remat]
                 one_period = jax.checkpoint(one_period, policy=policy, prevent_cse=False)
-            layers = (state, cache.memory[i] if cache else (None,) * len(period.blocks))
-            x, memory = jax.lax.scan(one_period, x, layers, unroll=self.unroll)
+            memory = cache.memory[i] if cache else (None,) * len(period.blocks)
+            layers = (state, jnp.arange(self.repeats[i]))
+            unroll = self.unroll and cache is None
+            (x, memory), _ = jax.lax.scan(one_period, (x, memory), layers, unroll=unroll)
             memories.append(memory)
         if cache is None:
             return x, None
         lengths = where.get("lengths")
         return x, cache.advance(tuple(memories), x.shape[1] if lengths is None else lengths)
+
+
+def _get(stacked: Any, index: Int[Array, ""]) -> Any:
+    """One layer's part of a stacked memory."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+
+
+def _put(stacked: Any, memory: Any, index: Int[Array, ""]) -> Any:
+    """`stacked` with one layer's part replaced."""
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+    return jax.tree.map(put, stacked, memory)
 
 
 def _stacked(segment: Segment, first: int, rngs: nnx.Rngs) -> Period:

@@ -74,6 +74,25 @@ def test_the_recurrent_cache_does_not_grow_with_the_context():
     assert size("transformer", 32) > 1.9 * size("transformer", 16)
 
 
+def test_decoding_holds_the_cache_once():
+    config = dataclasses.replace(CONFIGS["transformer"], num_layers=8)
+    graph, state = nnx.split(abstract_model(config))
+    cache = jax.eval_shape(lambda: abstract_model(config).init_cache(1, 8192))
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+    def run(state, token, cache):
+        def step(carry, _):
+            token, cache = carry
+            logits, cache = nnx.merge(graph, state).decode(token, cache)
+            return (jnp.argmax(logits, axis=-1).astype(jnp.int32), cache), token
+
+        return jax.lax.scan(step, (token, cache), None, length=4)
+
+    token = jax.ShapeDtypeStruct((1,), jnp.int32)
+    compiled = jax.jit(run, donate_argnums=2).lower(state, token, cache).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * held
+
+
 def loss_and_gradients(config, model):
     _, params, rest = nnx.split(model, nnx.Param, ...)
     graph = nnx.graphdef(abstract_model(config))
