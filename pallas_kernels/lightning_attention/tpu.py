@@ -15,7 +15,7 @@ Grid (batch, head, block of tokens), the last one in order. Memory:
     HBM    inputs [B, T, H * width]: one head's block is a column of whole tiles, no transpose
     VMEM   blocks of inputs and outputs (double buffered), states [width, width] float32 and the
            decays of a chunk's pairs [C, C] float32 (scratch: kept from block to block)
-    SMEM   log_decay [H]
+    SMEM   log_decay [1, H]: two axes, so that vmap may add a third
 
 Rows behind the end of the sequence are read as zeros and do not decay the state.
 """
@@ -108,7 +108,7 @@ def _decays(plan: _Plan, rate, pair, position, starts, width: int):
 def _kernel(rates, inputs, starts, initial, outs, finals, pair, states, *, plan: _Plan):
     C, chunks = plan.chunk, plan.block // plan.chunk
     step, steps = pl.program_id(2), pl.num_programs(2)
-    rate = rates[pl.program_id(1)]
+    rate = rates[0, pl.program_id(1)]
     block = steps - 1 - step if plan.reverse else step
     width = max(ref.shape[-1] for ref in inputs)
 
@@ -228,7 +228,7 @@ def _sweep(
                 dimension_semantics=("parallel", "parallel", "arbitrary")
             ),
             cost_estimate=_cost(plan, B, H, padded, inputs[0].dtype.itemsize),
-        )(log_decay.astype(jnp.float32), rows, starts, initial)
+        )(log_decay.astype(jnp.float32)[None], rows, starts, initial)
     outs = [
         o[:, :T].reshape(B, T, H, -1)[..., : widths[p.z]]
         for o, p in zip(outs, written, strict=True)

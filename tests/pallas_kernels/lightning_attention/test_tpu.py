@@ -133,6 +133,18 @@ def test_nothing_is_transposed_around_the_kernels():
     assert "16384,4,128]" not in entry, "an array is materialised with its heads apart"
 
 
+def test_vmap_compiles_with_decays_mapped_too():
+    replicated = NamedSharding(tpu_mesh("v5e", {"x": 1}), P())
+    shapes = ((3, 2, 300, 4, 128), jnp.bfloat16), ((3, 4), jnp.float32), ((3, 2, 300), jnp.int32)
+    args = [jax.ShapeDtypeStruct(*x, sharding=replicated) for x in shapes]
+
+    @jax.vmap
+    def run(x, log_decay, doc_start):
+        return lightning_attention(x, x, x, log_decay, doc_start=doc_start)
+
+    assert "lightning_forward" in jax.jit(run).lower(*args).compile().as_text()
+
+
 @pytest.mark.parametrize("mesh", [functools.partial(tpu_mesh, "v5e"), gpu_mesh], ids=["tpu", "gpu"])
 def test_a_step_reads_and_writes_the_state_once(mesh):
     replicated = NamedSharding(mesh({"x": 1}), P())
