@@ -65,6 +65,11 @@ class _Plan:
     block: int
     reverse: bool = False
 
+    @property
+    def ragged(self) -> bool:
+        """The last block reaches behind the end of the sequence."""
+        return self.length % self.block != 0
+
 
 def _dot(a, b, contract: tuple[int, int]):
     """Product of two matrices over one axis of each, summed in float32."""
@@ -86,8 +91,11 @@ def _decays(plan: _Plan, rate, pair, position, starts, width: int):
     """Decays of the chunk at `position`: (pair, query, key, carry), documents cut apart."""
     C = plan.chunk
     row = _iota((C, width), 0)
-    valid = jnp.clip(plan.length - position, 0, C)
-    power = lambda exponent: jnp.exp(rate * exponent.astype(jnp.float32))  # noqa: E731
+    valid = jnp.clip(plan.length - position, 0, C) if plan.ragged else C
+
+    def power(exponent):
+        return jnp.exp(rate * exponent.astype(jnp.float32))
+
     query = power(row + 1)
     key = power(jnp.maximum(valid - 1 - row, 0))
     carry = power(jnp.full((1, width), valid, jnp.int32))
@@ -127,7 +135,7 @@ def _kernel(rates, inputs, starts, initial, outs, finals, pair, states, *, plan:
 
         def load(ref, rows=rows, position=position):
             x = ref[0, rows, :]
-            if plan.length % plan.block == 0:
+            if not plan.ragged:
                 return x
             return jnp.where(_iota(x.shape, 0) < plan.length - position, x, jnp.zeros_like(x))
 
