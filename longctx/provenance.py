@@ -23,6 +23,7 @@ VERSIONS_OF = (
     "triton",
     "tokamax",
     "flash-linear-attention",
+    "fla-core",
     "nvidia-cudnn-cu13",
 )
 

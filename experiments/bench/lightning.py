@@ -16,7 +16,6 @@ float64. Writes JSONL and, with `lengths`, a plot of the time per token beside i
 import argparse
 import functools
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench._timing import time_ms, write_rows
+from experiments.bench._timing import read_rows, time_ms, write_rows
 from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,12 +85,14 @@ class Calls(NamedTuple):
 
 def of_ours(backend: str, q, k, v, do, log_decay) -> Calls:
     """Our operator on a named backend."""
-    attend = functools.partial(lightning_attention, backend=backend)
-    forward = jax.jit(attend)
+
+    @jax.jit
+    def forward(q, k, v, log_decay):
+        return lightning_attention(q, k, v, log_decay, backend=backend)
 
     @jax.jit
     def both(q, k, v, do, log_decay):
-        o, pullback = jax.vjp(lambda *x: attend(*x, log_decay), q, k, v)
+        o, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, log_decay), q, k, v)
         return o, *pullback(do)
 
     return Calls(lambda: forward(q, k, v, log_decay), lambda: both(q, k, v, do, log_decay))
@@ -158,19 +159,18 @@ def measure(group: str, shape: Shape, names: Sequence[str], exact: bool) -> Iter
     about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
     wanted = float64(*inputs) if exact else None
     for name in names:
-        row = {**about, "implementation": name}
+        row: dict[str, Any] = {**about, "implementation": name}
         try:
             calls = IMPLEMENTATIONS[name](*inputs)
         except ImportError as missing:
             yield {**row, "absent": str(missing)}
             continue
-        row["forward_ms"] = time_ms(calls.forward, wait=calls.wait)
-        row["both_ms"] = time_ms(calls.both, wait=calls.wait)
+        tokens = shape.batch * shape.length
+        for what, call in (("forward", calls.forward), ("both", calls.both)):
+            row[f"{what}_ms"] = time_ms(call, wait=calls.wait)
+            row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
         if wanted is not None:
             row["errors"] = errors(calls.both(), wanted)
-        row["ns_per_token"] = {
-            n: row[f"{n}_ms"] * 1e6 / (shape.batch * shape.length) for n in ("forward", "both")
-        }
         yield row
 
 
@@ -222,7 +222,7 @@ def plot(rows: list[dict], path: Path) -> None:
     pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
     for name, label in (("forward", "forward"), ("both", "forward + backward")):
-        points = [(row["length"], row["ns_per_token"][name]) for row in rows]
+        points = [(row["length"], row[f"{name}_ns_per_token"]) for row in rows]
         axes.plot(*np.transpose(points), marker="o", label=label)
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="only plot these rows")
     options = parser.parse_args()
     if options.plot:
-        return plot([json.loads(line) for line in options.plot.open()], options.plot)
+        return plot(read_rows(options.plot), options.plot)
 
     rows: list[dict] = []
     rate = 0.0

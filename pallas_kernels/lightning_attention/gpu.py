@@ -35,24 +35,25 @@ def unsupported(spec: Spec) -> str | None:
     return None
 
 
-def _pad(x: Array, *axes: int) -> Array:
-    """Zeros behind `x`: whole slices of 64 along `axes`; rows also fill a TMA tile and a chunk."""
-    sizes = list(x.shape)
-    for axis in axes:
-        sizes[axis] = pl.cdiv(sizes[axis], CHUNK) * CHUNK
-    if axes == (3,):
-        sizes[1] = max(CHUNK, pl.cdiv(sizes[1], 8) * 8)
-    if tuple(sizes) == x.shape:
+def _pad(x: Array, sizes: dict[int, int]) -> Array:
+    """Zeros behind `x` until its axes have these sizes."""
+    wanted = [sizes.get(axis, size) for axis, size in enumerate(x.shape)]
+    if wanted == list(x.shape):
         return x
-    return jnp.pad(x, [(0, size - old) for size, old in zip(sizes, x.shape, strict=True)])
+    return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, wanted, strict=True)])
+
+
+def _up(size: int, multiple: int) -> int:
+    return pl.cdiv(size, multiple) * multiple
 
 
 def _rows(*arrays: Array) -> list[Array]:
-    return [_pad(x, 3) for x in arrays]
+    """Whole slices wide; at least a chunk long, and a multiple of the 8 rows of a TMA tile."""
+    return [_pad(x, {1: max(CHUNK, _up(x.shape[1], 8)), 3: _up(x.shape[3], CHUNK)}) for x in arrays]
 
 
 def _state(x: Array) -> Array:
-    return _pad(x, 2, 3)
+    return _pad(x, {2: _up(x.shape[2], CHUNK), 3: _up(x.shape[3], CHUNK)})
 
 
 def _cut(x: Array, like: Array) -> Array:
@@ -108,7 +109,7 @@ class _Call:
         """What the segments add to the states."""
         return partial_states(directions, self.rate, self.doc_start, self.split, count)
 
-    def initial(self, *given: tuple[Direction, Array | None]) -> list[Array | None]:
+    def initial(self, *given: tuple[Direction, Array | None]) -> Sequence[Array | None]:
         """For each direction, the state with which every segment begins."""
         if self.split.segments == 1:
             return [None if state is None else _state(state)[None] for _, state in given]

@@ -120,13 +120,13 @@ def decay_out_of_state(rate, size, reverse: bool) -> Float[Array, "64"]:
 
 
 class Documents:
-    """What document boundaries hide; all of it is visible when there are none.
+    """What document boundaries hide: nothing where `doc_start` is None.
 
     Token t sees s <= t if doc_start[t] <= s. Forwards the state after tokens [start, end) is that
     of the document of token end-1; in reverse, that of token start, if it began earlier.
     """
 
-    def __init__(self, doc_start: Ref | None, length: int):
+    def __init__(self, doc_start: Ref, length: int):
         self.doc_start, self.length = doc_start, length
 
     def _of(self, token: Int[Array, ""]) -> Int[Array, ""]:

@@ -39,12 +39,6 @@ class Sweep:
         return (batch, heads, *(widths if self.by_columns else widths[::-1]))
 
 
-def smem_bytes(width: int, workers: int, stages: int) -> int:
-    """Shared memory that `sweep` takes for rows a, b of this width, but for its barriers."""
-    tile, rows = 2 * CHUNK * CHUNK, 2 * CHUNK * width
-    return stages * (2 * rows + workers * tile) + workers * (3 * tile + rows)
-
-
 def sweep(
     sweeps: Sequence[Sweep],
     rate: Float[Array, "H"],
@@ -57,6 +51,7 @@ def sweep(
     """Run sweeps of equal shapes side by side: their rows, and the final states asked for."""
     (B, T, H, W), V = sweeps[0].b.shape, sweeps[0].c.shape[3]
     dtype, tiles = sweeps[0].c.dtype, W // CHUNK
+    wide = tiles > 2  # registers cannot hold the sums beside such a state: less at a time
     with_final = [p for p, s in enumerate(sweeps) if s.final]
 
     def body(inputs, initials, rate_ref, doc_ref, outs, finals):
@@ -98,14 +93,24 @@ def sweep(
             def compute(p, scaled, pair, state_smem, out):
                 reverse, by_columns = sweeps[p].reverse, sweeps[p].by_columns
                 rate = rate_ref[head]
-                pair_decay = common.pair_decay(rate, reverse)
+                pair_decay = None if wide else common.pair_decay(rate, reverse)
 
                 def publish(state):
                     for m, tile in enumerate(state):
                         state_smem[m] = tile.astype(dtype)
                     plgpu.commit_smem()
 
-                def scores_and_carried(a, b, c, into):
+                def step(n, state):
+                    slot, start = lax.rem(n, stages), position(n, reverse)
+                    end = jnp.minimum(start + CHUNK, split.length)
+                    a, b, c = a_smem.at[slot], b_smem.at[slot], c_smem.at[slot, worker]
+                    into = common.decay_into_state(rate, start, start, end, reverse)
+                    into = documents.into_state(into, start, start, end, reverse)
+                    out_of = common.decay_out_of_state(rate, end - start, reverse)
+                    out_of = documents.out_of_state(out_of, start, reverse)
+                    through = common.power(rate, end - start)
+                    through = documents.through(through, start, end, reverse)
+
                     def score(accumulator):
                         plgpu.wgmma(accumulator, a, b.T)
 
@@ -114,42 +119,47 @@ def sweep(
                             tile = state_smem.at[m] if by_columns else state_smem.at[m].T
                             plgpu.wgmma(accumulator, a.at[:, pl.ds(m * CHUNK, CHUNK)], tile)
 
-                    return common.products([score, carry], lambda: common.scale(scaled, c, into))
+                    def scale():
+                        common.scale(scaled, c, into)
 
-                def local_and_added(b, c):
+                    def stay(accumulator):
+                        plgpu.wgmma(accumulator, pair, c)
+
+                    def finish(local, carried):
+                        return (local + carried * common.over_rows(out_of)).astype(dtype)
+
                     add = functools.partial(common.add_outer, b, scaled, by_columns)
-                    jobs = [lambda accumulator: plgpu.wgmma(accumulator, pair, c)]
-                    jobs += [functools.partial(add, m) for m in range(tiles)]
-                    batches = itertools.batched(jobs, 3)  # more accumulators overflow the registers
-                    return [tile for batch in batches for tile in common.products(batch)]
+                    grow = [functools.partial(add, m) for m in range(tiles)]
 
-                def step(n, state):
-                    slot, start = lax.rem(n, stages), position(n, reverse)
-                    end = jnp.minimum(start + CHUNK, split.length)
-                    into = common.decay_into_state(rate, start, start, end, reverse)
-                    into = documents.into_state(into, start, start, end, reverse)
-                    out_of = common.decay_out_of_state(rate, end - start, reverse)
-                    out_of = documents.out_of_state(out_of, start, reverse)
-                    through = common.power(rate, end - start)
-                    through = documents.through(through, start, end, reverse)
-                    weights = documents.within(pair_decay, start, reverse)
-
-                    plgpu.barrier_wait(loaded.at[slot])
-                    a, b, c = a_smem.at[slot], b_smem.at[slot], c_smem.at[slot, worker]
-                    scores, carried = scores_and_carried(a, b, c, into)
-                    pair[...] = (scores * weights).astype(dtype)
-                    plgpu.commit_smem()
-                    local, *added = local_and_added(b, c)
+                    if wide:  # As few values at a time as can be.
+                        plgpu.barrier_wait(loaded.at[slot])
+                        scale()
+                        (scores,) = common.products([score])
+                        weights = common.pair_decay(rate_ref[head], reverse)
+                        weights = documents.within(weights, start, reverse)
+                        pair[...] = (scores * weights).astype(dtype)
+                        plgpu.commit_smem()
+                        rows = finish(*common.products([stay, carry]))
+                        batches = itertools.batched(grow, 2)
+                        added = [tile for some in batches for tile in common.products(some)]
+                    else:  # As much in flight as can be.
+                        weights = documents.within(pair_decay, start, reverse)
+                        plgpu.barrier_wait(loaded.at[slot])
+                        scores, carried = common.products([score, carry], meanwhile=scale)
+                        pair[...] = (scores * weights).astype(dtype)
+                        plgpu.commit_smem()
+                        local, *added = common.products([stay, *grow])
+                        rows = finish(local, carried)
+                    plgpu.barrier_arrive(consumed.at[slot])
                     state = tuple(
                         through * old + new for old, new in zip(state, added, strict=True)
                     )
-                    plgpu.barrier_arrive(consumed.at[slot])
 
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out[...] = (local + carried * common.over_rows(out_of)).astype(dtype)
+                    out[...] = rows
                     publish(state)
-                    rows, columns = pl.ds(start, CHUNK), pl.ds(mine * CHUNK, CHUNK)
-                    plgpu.copy_smem_to_gmem(out, outs[p].at[batch, rows, head, columns])
+                    place = (batch, pl.ds(start, CHUNK), head, pl.ds(mine * CHUNK, CHUNK))
+                    plgpu.copy_smem_to_gmem(out, outs[p].at[place])
                     return state
 
                 state = initial_state(p)

@@ -57,13 +57,12 @@ class GpuTiles:
             raise ValueError(f"stages={self.stages} must be at least 2")
 
 
-# Of H100 and H200. Prices, by workers: 1 is half of what a chunk of 64 tokens costs where blocks
-# of two workers fill the chip (1.55 us on an H100, head width 128, measured on 2026-11-22).
+# Of H100 and H200. A price is the time of a chunk of 64 tokens in microseconds, for a block alone
+# and for each of a full wave of them, by workers; measured on an H100 at head width 128.
 MULTIPROCESSORS = 132
-CHUNK = {1: 1.1, 2: 2.0}
-LONE_CHUNK = {1: 1.05, 2: 1.7}  # however few the blocks
-LONE_STATE_CHUNK = 0.6  # of the kernel that finds the states of segments
-SEGMENT = 2.0  # to write, join and read its states
+SWEEP = {1: (1.3, 1.7), 2: (2.1, 3.1)}
+STATE = (0.9, 1.5)
+SEGMENT = 3.0  # to write, join and read its states
 
 
 def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTiles:
@@ -76,17 +75,17 @@ def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTil
       widest: slices of the widest array that it reads.
     """
 
-    def waves(blocks: int, full: float, lone: float) -> float:
+    def waves(blocks: int, alone: float, full: float) -> float:
         whole, rest = divmod(blocks, MULTIPROCESSORS)
-        return whole * full + (max(lone, rest / MULTIPROCESSORS * full) if rest else 0)
+        return whole * full + (alone + (full - alone) * rest / MULTIPROCESSORS if rest else 0)
 
     def price(tiles: GpuTiles) -> float:
         workers, segments = tiles.workers, tiles.segments
         blocks = heads * segments * sum(n // math.gcd(n, workers) for n in slices)
-        per_chunk = waves(blocks, CHUNK[workers], LONE_CHUNK[workers])
+        per_chunk = waves(blocks, *SWEEP[workers])
         if segments > 1:
             blocks = heads * (segments - 1) * -(-max(slices) // 2) * min(len(slices), 2)
-            per_chunk += waves(blocks, 1, LONE_STATE_CHUNK)
+            per_chunk += waves(blocks, *STATE)
         return per_chunk * -(-chunks // segments) + SEGMENT * (segments if segments > 1 else 0)
 
     kinds = [(2, 2), (1, 3)] if widest <= 2 else [(1, 3 if widest == 3 else 2)]
