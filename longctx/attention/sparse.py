@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from longctx.attention.rows import count_earlier, invert, look_up, move, of_code
 from pallas_kernels.flash_attention import flash_attention
 
+TILE_ROWS = 384  # a multiple of every GPU kernel's tile of queries, of 128 and of 192 rows
+
 
 class Plan(NamedTuple):
     """An order of queries, one of keys, and the interval of ordered keys each ordered query sees.
@@ -60,6 +62,14 @@ def attend(
         backend=backend,
     )
     return move(o, plan.q_slot, plan.q_source)
+
+
+def _places(rows: int) -> int:
+    """Places for `rows` ordered queries: whole tiles for a long sequence.
+
+    Places left empty cost next to nothing, a kernel that must pad its operands copies them all.
+    """
+    return rows if rows < 2048 else rows + -rows % TILE_ROWS
 
 
 def visited_tiles(plan: Plan, tile: int = 128) -> Int[Array, "B H"]:
@@ -110,12 +120,13 @@ def _compact(keep: Bool[Array, "B T H"], capacity: int) -> tuple[Array, Array, A
     """Slots and sources of the kept rows, and how many are kept up to and with each row."""
     if capacity < 1:
         raise ValueError(f"{capacity=} must be positive")
+    places = _places(capacity)
     keep = jnp.swapaxes(keep, 1, 2)
     kept = jnp.cumsum(keep, axis=-1, dtype=jnp.int32)
     # Distinct places, all out of range.
-    beyond = capacity + jnp.arange(keep.shape[-1], dtype=jnp.int32)[None, None]
+    beyond = places + jnp.arange(keep.shape[-1], dtype=jnp.int32)[None, None]
     slot = jnp.where(keep & (kept <= capacity), kept - 1, beyond)
-    return slot, invert(slot, capacity), jnp.minimum(kept, capacity)
+    return slot, invert(slot, places), jnp.minimum(kept, capacity)
 
 
 def qk_sparse_attention(
@@ -190,30 +201,34 @@ def plan_hash(
 ) -> Plan:
     """The order and intervals of `hash_sparse_attention`; `k_hashes` is None when tied."""
     q_codes = jnp.swapaxes(q_hashes, 1, 2)
+    k_codes = q_codes if k_hashes is None else jnp.swapaxes(k_hashes, 1, 2)
     length = q_codes.shape[-1]
-    earlier, held = count_earlier(q_codes, q_codes, num_buckets)
-    start = jnp.cumsum(held, axis=-1) - held
-    lo = of_code(start[:, :, None], q_codes)
-    q_slot = k_slot = lo + earlier
-    q_source = k_source = invert(q_slot, length)
-    hi = q_slot if strict else q_slot + 1
-    k_codes = q_codes
-    if k_hashes is not None:
-        k_codes = jnp.swapaxes(k_hashes, 1, 2)
-        rank, held = count_earlier(k_codes, k_codes, num_buckets)
-        start = jnp.cumsum(held, axis=-1) - held
-        k_slot = of_code(start[:, :, None], k_codes) + rank
-        k_source = invert(k_slot, length)
-        lo = of_code(start[:, :, None], q_codes)
-        hi = lo + count_earlier(q_codes, k_codes, num_buckets)[0]
-        if not strict:
-            hi = hi + (q_codes == k_codes)
+    k_first, k_earlier = _bucket_places(k_codes, k_codes, num_buckets)
+    k_slot = k_first + k_earlier
+    if k_hashes is None:
+        q_slot, lo, hi = k_slot, k_first, k_slot
+    else:
+        q_slot = sum(_bucket_places(q_codes, q_codes, num_buckets))
+        lo, earlier = _bucket_places(q_codes, k_codes, num_buckets)
+        hi = lo + earlier
+    if not strict:
+        hi = hi + (q_codes == k_codes)
+    q_source, k_source = invert(q_slot, _places(length)), invert(k_slot, length)
     if doc_start is not None:
         time = jnp.arange(length, dtype=jnp.int32)[None, None]
         ordered = look_up(k_codes * length + time, k_source)
         first = q_codes * length + jnp.maximum(doc_start[:, None], 0)
         lo = jax.vmap(jax.vmap(jnp.searchsorted))(ordered, first).astype(jnp.int32)
     return Plan(q_source, q_slot, k_source, k_slot, look_up(lo, q_source), look_up(hi, q_source))
+
+
+def _bucket_places(
+    q_codes: Int[Array, "B H T"], k_codes: Int[Array, "B H T"], num_buckets: int
+) -> tuple[Int[Array, "B H T"], Int[Array, "B H T"]]:
+    """Place of the first key of each query's bucket, and how many keys of it come before."""
+    earlier, held = count_earlier(q_codes, k_codes, num_buckets)
+    first = jnp.cumsum(held, axis=-1) - held
+    return of_code(first[:, :, None], q_codes), earlier
 
 
 def hash_sparse_attention(
@@ -248,16 +263,16 @@ def hash_sparse_attention(
       ValueError: not exactly one of `key` and `hashes`; hashes that do not fit `tied`;
         `num_buckets` neither 1 nor even with `key`; too many buckets for int32; shapes disagree.
     """
-    if (key is None) == (hashes is None):
-        raise ValueError("give exactly one of key and hashes")
     if hashes is not None and tied == isinstance(hashes, tuple):
         raise ValueError(f"{tied=} takes {'one array of' if tied else 'a pair of'} hashes")
     if num_buckets * q.shape[1] >= 2**31:
         raise ValueError(f"{num_buckets=} times length {q.shape[1]} must fit int32")
-    if isinstance(hashes, tuple):
+    if key is None and isinstance(hashes, tuple):
         q_hashes, k_hashes = hashes
-    elif hashes is not None:
+    elif key is None and hashes is not None:
         q_hashes, k_hashes = hashes, None
+    elif key is None or hashes is not None:
+        raise ValueError("give exactly one of key and hashes")
     else:
         matrix = hash_matrix(key, q.shape[2], q.shape[3], num_buckets)
         q_hashes = hash_rows(q, matrix)

@@ -158,6 +158,22 @@ def test_capacity_drops_the_latest_and_reports_them():
     assert (lost > 0).all()
 
 
+def test_long_orders_are_filled_to_whole_tiles():
+    """Beyond 2048 rows there are empty places at the end; they change nothing."""
+    length = 2100
+    q, k, v = (x[:1, :, :1] for x in qkv(length))
+    hashes = jax.random.randint(jax.random.key(0), (1, length, 1), 0, 4)
+    keep = hashes > 0
+    plans = (
+        sparse.plan_hash(hashes, None, num_buckets=4),
+        sparse.plan_drop(keep, keep, capacity_q=2050, capacity_k=2050),
+    )
+    masks = (hash_mask(hashes, hashes, True), drop_mask(keep, keep))
+    for plan, mask in zip(plans, masks, strict=True):
+        assert plan.lo.shape[-1] == 2304
+        assert_close(jax.jit(sparse.attend)(plan, q, k, v), masked_attention(q, k, v, mask), 3e-6)
+
+
 def test_one_bucket_and_no_dropping_are_dense_causal_attention():
     args = qkv(33)
     keep = jnp.ones((B, 33, H), bool)
