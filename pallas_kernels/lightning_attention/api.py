@@ -296,7 +296,9 @@ def _final_state_bwd(static, inputs, dstate):
     carry = jnp.exp(log_decay * length)[None, :, None, None]
     if doc_start is not None:
         last = doc_start[:, -1, None, None, None]
-        weight = jnp.where(last <= jnp.arange(length)[None, :, None, None], weight, 0)
+        weight = jnp.where(
+            last <= jnp.arange(length, dtype=jnp.int32)[None, :, None, None], weight, 0
+        )
         carry = jnp.where(last < 0, carry, 0)
     dot = functools.partial(jnp.einsum, precision=xla.precision(k.dtype))
     dk = weight * dot("BTHE,BHDE->BTHD", v.astype(wide), dstate)

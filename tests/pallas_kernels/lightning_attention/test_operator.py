@@ -19,7 +19,7 @@ from pallas_kernels.lightning_attention import (
     printed_log_decay,
 )
 from pallas_kernels.lightning_attention.tiles import XlaTiles
-from tests.harness import assert_close, check_op, relative_rms
+from tests.harness import assert_close, check_op
 from tests.pallas_kernels.lightning_attention.cases import TOLERANCE, Case, attend, final_state
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -66,12 +66,21 @@ def test_state_alone(dtype, packed):
 
 def test_float64():
     with jax.enable_x64(True):
-        q, k, v, log_decay, _ = (np.asarray(x, np.float64) for x in Case(70).draw())
-        o, state = attend("xla")(q, k, v, log_decay)
-        wanted, wanted_state = attend("reference")(q, k, v, log_decay)
-        assert o.dtype == state.dtype == jnp.float64
-        assert relative_rms(o, wanted) < 1e-13
-        assert relative_rms(state, wanted_state) < 1e-13
+        q, k, v, log_decay, state = (np.asarray(x, np.float64) for x in Case(70).draw())
+        documents = Case(70).documents()
+
+        def everything(backend):
+            o, pullback = jax.vjp(
+                lambda *x: attend(backend)(*x, documents), q, k, v, log_decay, state
+            )
+            final, pullback_final = jax.vjp(
+                lambda *x: final_state(backend)(*x, documents), k, v, log_decay, state
+            )
+            return o, pullback(jax.tree.map(jnp.cos, o)), final, pullback_final(jnp.cos(final))
+
+        got = everything("xla")
+        assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.float64)}
+        assert_close(got, everything("reference"), 1e-13)
 
 
 def test_long_and_fast_decay_gradient():
