@@ -99,9 +99,10 @@ def without(part: str) -> ExitStack:
             carry = unify_varying(carry, varying_axes(q))
             return lax.optimization_barrier((carry, k, v))[0]
 
-        def backward(*args: Array, accumulate: Any, **_: Any) -> Any:
-            accumulate = unify_varying(accumulate, varying_axes(*args))
-            return lax.optimization_barrier((accumulate, args))[0]
+        def backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:
+            gradients = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+            gradients = unify_varying(gradients, varying_axes(q))
+            return lax.optimization_barrier((gradients, k, v, rows))[0]
 
         stack.enter_context(mock.patch.object(ring, "block_forward", forward))
         stack.enter_context(mock.patch.object(ring, "block_backward", backward))

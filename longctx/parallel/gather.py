@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longctx.parallel.shards import Shards, pack, unpack, zeros_like
+from longctx.parallel.shards import Shards, pack, unpack
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import block_backward, block_forward
 
@@ -50,8 +50,8 @@ def _mask(shards: Shards, batch: int, doc_start: Array | None) -> dict[str, Any]
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None) -> Output:
     mask = _mask(shards, q.shape[0], doc_start)
-    o, lse = block_forward(q, *_all_keys(shards, k, v), **mask, **shards.options)
-    return o.astype(q.dtype), lse
+    keys = _all_keys(shards, k, v)
+    return block_forward(q, *keys, out_dtype=q.dtype, **mask, **shards.options)
 
 
 def _gather_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
@@ -64,10 +64,9 @@ def _gather_bwd(shards: Shards, saved: tuple, cotangents: Output):
     do, dlse = cotangents
     delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
     all_k, all_v = _all_keys(shards, k, v)
-    zeros = zeros_like(lse.dtype, q, all_k, all_v)
     mask = _mask(shards, q.shape[0], doc_start)
     dq, dk, dv = block_backward(
-        q, all_k, all_v, do, lse, delta, accumulate=zeros, **mask, **shards.options
+        q, all_k, all_v, do, lse, delta, out_dtype=lse.dtype, **mask, **shards.options
     )
     dkv = shards.layout.in_shards(pack(dk, dv), shards.ranks)
     dk, dv = unpack(lax.psum_scatter(dkv, shards.axis), k.shape[-1])

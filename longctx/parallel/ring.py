@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longctx.parallel.shards import Shards, pack, unpack, zeros_like
+from longctx.parallel.shards import Shards, pack, unpack
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import block_backward, block_forward
 
@@ -52,15 +52,14 @@ def _ring(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None)
     batch, width, last = q.shape[0], k.shape[-1], shards.hops - 1
     kv = pack(k, v)
     arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if last else None
-    mask = shards.own_block(batch, doc_start)
-    o, lse = block_forward(q, k, v, **mask, **shards.options)
-    for hop in range(1, shards.hops):
-        kv, o, lse = lax.optimization_barrier((arriving, o, lse))
-        arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if hop < last else None
+    mask, carry = shards.own_block(batch, doc_start), None
+    for hop in range(last):
+        carry = block_forward(q, k, v, carry=carry, **mask, **shards.options)
+        kv, carry = lax.optimization_barrier((arriving, carry))
+        arriving = lax.ppermute(kv, shards.axis, shards.shift(1)) if hop + 1 < last else None
         k, v = unpack(kv, width)
-        mask = shards.block(hop, batch, doc_start)
-        o, lse = block_forward(q, k, v, carry=(o, lse), **mask, **shards.options)
-    return o.astype(q.dtype), lse
+        mask = shards.block(hop + 1, batch, doc_start)
+    return block_forward(q, k, v, carry=carry, out_dtype=q.dtype, **mask, **shards.options)
 
 
 def _ring_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
@@ -93,8 +92,9 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
         more = hop + 1 < shards.hops
         arriving, moved = _move(shards, kv if more else None, total)
         mask = shards.block(hop, batch, doc_start)
-        dq, dk, dv = _gradients(shards, rows, *unpack(kv, width), mask, dq)
-        total = pack(dk, dv) if moved is None else moved + pack(dk, dv)
+        dq_block, *dkv = _gradients(shards, rows, *unpack(kv, width), mask)
+        dq += dq_block
+        total = pack(*dkv) if moved is None else moved + pack(*dkv)
         kv, dq, total = lax.optimization_barrier((arriving, dq, total))
     total, k, v = lax.optimization_barrier((total, k, v))  # the second half waits for the move
     home = lax.ppermute(total, shards.axis, shards.shift(1 - shards.hops))
@@ -142,18 +142,12 @@ def _halves(heads: int, kv_heads: int) -> list[_Heads]:
 
 
 def _gradients(
-    shards: Shards,
-    rows: _Rows,
-    k: Array,
-    v: Array,
-    mask: dict[str, Any],
-    dq: Array | None = None,
+    shards: Shards, rows: _Rows, k: Array, v: Array, mask: dict[str, Any]
 ) -> tuple[Array, Array, Array]:
-    """dq (or 0) plus what a block of keys adds to it, and its dk and dv, all in float32."""
-    zero, dk, dv = zeros_like(rows.lse.dtype, rows.q, k, v)
+    """What a block of keys adds to dq, and its dk and dv, in float32."""
     return block_backward(
         rows.q, k, v, rows.do, rows.lse, rows.delta,
-        accumulate=(zero if dq is None else dq, dk, dv), **mask, **shards.options,
+        out_dtype=rows.lse.dtype, **mask, **shards.options,
     )  # fmt: skip
 
 

@@ -110,13 +110,6 @@ def pack(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.concatenate([a, b], -1)
 
 
-def zeros_like(
-    dtype: jax.typing.DTypeLike, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums to which nothing has been added yet, of the shapes of q, k and v."""
-    return jnp.zeros(q.shape, dtype), jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
-
-
 def unpack(packed: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """The two arrays of `pack`, the first `width` wide."""
     return packed[..., :width], packed[..., width:]

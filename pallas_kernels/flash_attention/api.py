@@ -97,17 +97,19 @@ def block_forward(
     scale: float | None = None,
     soft_cap: float | None = None,
     deterministic: bool = False,
+    out_dtype: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
     tiles: Any = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
     """One hop of blockwise attention: continue `carry = (o, lse)` with the keys of this block.
 
     The arguments are those of `flash_attention`; o and lse are float32 and equal those over the
-    keys of all hops so far, concatenated. Not differentiable: see `block_backward`.
+    keys of all hops so far, concatenated. `out_dtype` is that of o where it is no carry, after
+    the last hop. Not differentiable: see `block_backward`.
     """
     lo, hi = _intervals(q, k, lo, hi)
     spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
-    spec = dataclasses.replace(spec, out_dtype=spec.wide)
+    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.wide))
     return _run("fwd", _call(spec, backend, tiles), q, k, v, lo, hi, carry)
 
 
@@ -128,18 +130,19 @@ def block_backward(
     scale: float | None = None,
     soft_cap: float | None = None,
     deterministic: bool = False,
+    out_dtype: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
     tiles: Any = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """The backward of one hop: what this block's keys add to dq, and their dk and dv.
 
     `lse` and `delta = rowsum(do * o) - dlse` are float32 and over the keys of all hops. With
-    `accumulate = (dq, dk, dv)`, float32, the gradients are added to it; without, they have the
-    dtype of q, k and v.
+    `accumulate = (dq, dk, dv)`, float32, the gradients are added to it; without, they have
+    `out_dtype`, by default that of q, k and v.
     """
     lo, hi = _intervals(q, k, lo, hi)
     spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
-    spec = dataclasses.replace(spec, out_dtype=spec.wide)
+    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.dtype))
     args = (q, k, v, lo, hi, do, lse, delta, accumulate)
     return _run("bwd", _call(spec, backend, tiles), *args)
 
@@ -162,9 +165,11 @@ def _call(spec: Spec, backend: str, tiles: Any) -> _Call:
 def _run(name: str, call: _Call, *args: Any) -> Any:
     axes = varying_axes(*jax.tree.leaves(args))
     args = unify_varying(args, axes)
-    out = _dispatch.call(
-        name, call.backend, BACKENDS, call.spec, *args, spec=call.spec, tiles=call.tiles
-    )
+    # An index that is a Python int must not become int64 inside a kernel: Mosaic refuses it.
+    with jax.enable_x64(call.spec.dtype == jnp.float64):
+        out = _dispatch.call(
+            name, call.backend, BACKENDS, call.spec, *args, spec=call.spec, tiles=call.tiles
+        )
     return unify_varying(out, axes)
 
 

@@ -123,7 +123,7 @@ def bwd(
         found |= dict(zip(want, out, strict=True))
     if dq is not None:
         summed = jax.freeze(dq)
-        found["dq"] = summed if accumulate is not None else summed.astype(q.dtype)
+        found["dq"] = summed if accumulate is not None else summed.astype(spec.out_dtype)
     dq, dk, dv = (
         found[name][:, :length, :, :width]
         for name, length, width in (

@@ -275,7 +275,7 @@ def backward_keys(
     return plgpu.kernel(
         kernel,
         out_type=tuple(
-            jax.ShapeDtypeStruct(like[x], jnp.float32 if sums else q.dtype) for x in want
+            jax.ShapeDtypeStruct(like[x], jnp.float32 if sums else spec.out_dtype) for x in want
         ),
         scratch_types=(
             (
@@ -389,14 +389,17 @@ def backward_rows(
 
             def step(dq_acc, masked, i, _):
                 slot, v_slot = lax.rem(i - start, stages), lax.rem(i - start, v_stages)
+                # Always `warpgroup`, but the compiler must not know: it would keep every
+                # descriptor of q and do in registers over the loop, and spill dq.
+                own = warpgroup + lax.div(i, 1 << 30)
 
                 def multiply(s_acc, dp_acc):
                     plgpu.barrier_wait(k_full.at[slot])
                     k_tile = k_smem.at[slot].transpose((1, 0))
-                    plgpu.wgmma(s_acc, q_smem.at[warpgroup], k_tile)
+                    plgpu.wgmma(s_acc, q_smem.at[own], k_tile)
                     plgpu.barrier_wait(v_full.at[v_slot])
                     v_tile = v_smem.at[v_slot].transpose((1, 0))
-                    plgpu.wgmma(dp_acc, do_smem.at[warpgroup], v_tile)
+                    plgpu.wgmma(dp_acc, do_smem.at[own], v_tile)
                     t = capped(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), spec)
                     p = jnp.exp2(t * exponent_scale(spec) - per_row(base, shape))
                     if masked:
@@ -430,7 +433,7 @@ def backward_rows(
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype if dq_sum is None else jnp.float32),
+        out_type=jax.ShapeDtypeStruct(q.shape, spec.out_dtype if dq_sum is None else jnp.float32),
         scratch_types=(
             (operand(warpgroups, ROWS, width), operand(warpgroups, ROWS, value_width)),
             (operand(stages, tiles.kv, width), operand(v_stages, tiles.kv, value_width)),

@@ -28,7 +28,7 @@ class Spec:
     scale: float
     soft_cap: float | None
     interval_heads: int  # 0: no lo and hi; 1: shared by the heads; q_heads: one per head
-    out_dtype: jnp.dtype
+    out_dtype: jnp.dtype  # of o, and of gradients that are not added to sums
     deterministic: bool
 
     @property

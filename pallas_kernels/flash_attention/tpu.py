@@ -74,7 +74,7 @@ def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: TpuTiles | None = None):
 def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTiles | None = None):
     """See `xla.bwd`."""
     tiles = (tiles or tpu_tiles(spec)).fit(spec)
-    dtype = spec.dtype if accumulate is None else jnp.float32
+    dtype = spec.out_dtype if accumulate is None else jnp.float32
     # A row without keys has lse -inf; all of its scores are masked, whatever is subtracted.
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * LOG2E
     rows = [
@@ -315,30 +315,26 @@ def _launch(
     results = [result(*output) for output in outputs]
     pairs = spec.batch * spec.q_heads * spec.q_length * min(spec.kv_length, spec.window or math.inf)
     pairs //= 2 if spec.causal else 1
-    # An index or a bound that is a Python int must not become int64, which Mosaic cannot lower.
-    with jax.enable_x64(False):
-        out = pl.pallas_call(
-            body,
-            out_shape=results,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
-                grid=(*grid.programs, steps),
-                in_specs=[block_spec(k, x.shape) for k, x in zip(names, arrays, strict=True)],
-                out_specs=[
-                    block_spec(o[0], r.shape) for o, r in zip(outputs, results, strict=True)
-                ],
-                scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
-            ),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * 3 + ("arbitrary",) * 2,
-            ),
-            cost_estimate=pl.CostEstimate(
-                flops=2 * (len(inputs) - len(outputs) + 1) * pairs * spec.key_width,
-                transcendentals=pairs,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *results)),
-            ),
-            name="flash_attention" + kernel.__name__,
-        )(table, *arrays)
+    out = pl.pallas_call(
+        body,
+        out_shape=results,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(*grid.programs, steps),
+            in_specs=[block_spec(k, x.shape) for k, x in zip(names, arrays, strict=True)],
+            out_specs=[block_spec(o[0], r.shape) for o, r in zip(outputs, results, strict=True)],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3 + ("arbitrary",) * 2,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * (len(inputs) - len(outputs) + 1) * pairs * spec.key_width,
+            transcendentals=pairs,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *results)),
+        ),
+        name="flash_attention" + kernel.__name__,
+    )(table, *arrays)
     lengths = [spec.q_length if o[0] == "row" else spec.kv_length for o in outputs]
     return [
         lax.slice_in_dim(x, 0, length, axis=2 if o[0] == "key" else 3)

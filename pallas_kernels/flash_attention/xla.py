@@ -93,7 +93,7 @@ def bwd(
     """Gradients of q, k and v from these keys, for rows whose lse is over all their keys.
 
     `delta` is rowsum(do o) - dlse. With `accumulate` the gradients are added to its float32
-    arrays; without, they have the dtypes of the inputs.
+    arrays; without, they have `spec.out_dtype`.
     """
     walk = _Walk(spec, tiles, lo, hi)
     axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *(accumulate or ()))
@@ -128,13 +128,13 @@ def bwd(
         dq = unify_varying(jnp.zeros(shape, spec.wide), axes)
         dq, *dk_v = lax.fori_loop(walk.start[i], walk.stop[i], key_tile, (dq, *dk_v))
         dq = walk.join_heads(dq)
-        return tuple(dk_v), dq if accumulate is not None else dq.astype(spec.dtype)
+        return tuple(dk_v), dq if accumulate is not None else dq.astype(spec.out_dtype)
 
     dk_v, dq = lax.scan(row_tile, dk_v, jnp.arange(walk.count, dtype=jnp.int32))
     dq, (dk, dv) = walk.join_rows(dq), (x[:, : spec.kv_length] for x in dk_v)
     if accumulate is not None:
         return accumulate[0] + dq, dk, dv
-    return dq, dk.astype(spec.dtype), dv.astype(spec.dtype)
+    return dq, dk.astype(spec.out_dtype), dv.astype(spec.out_dtype)
 
 
 class _Walk:

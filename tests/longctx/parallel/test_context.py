@@ -190,7 +190,7 @@ def test_any_call(call):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(calls(most_devices=8))
 def test_any_call_many(call):
     check(call)

@@ -72,7 +72,7 @@ def test_many_devices_equal_one(strategy, layout, cuts, mesh):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     st.sampled_from([2, 4, 8]),
     st.sampled_from(["contiguous", "zigzag"]),
@@ -84,7 +84,7 @@ def test_any_documents(devices, kind, strategy, cuts, seed):
     args, do = operands(batch=2)
     doc_start = documents(2, 32, cuts, seed) if cuts else None
     got = sharded(args, do, Layout(kind, devices), devices, strategy=strategy, doc_start=doc_start)
-    assert_close(got, exact(args, do, doc_start), 1e-6)
+    assert_close(got, exact(args, do, doc_start), 5e-6)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
