@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train a named run, or resume it", "longctx.commands:train"),
     "eval": ("score a trained run by length and context", "longctx.commands:evaluate"),
     "generate": ("continue prompts with a trained run", "longctx.commands:generate"),
+    "adapt": ("train on from a run or a Hugging Face model", "longctx.commands:adapt"),
+    "convert": ("between runs and Hugging Face folders", "longctx.commands:convert"),
     "reproduce": ("run experiments of the papers", "longctx.reproduce.command:reproduce"),
     "plan": ("compile a training step for a pod and report its cost", "longctx.plan:plan"),
     "check-device": ("check and time the kernels here", "longctx.check_device:check_device"),

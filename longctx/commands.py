@@ -19,6 +19,12 @@ NAME is {", ".join(RUNS)}, or file.py:NAME for a RunConfig in a file of your own
 its RUNS, or a variable). `longctx train NAME --help` lists every field with its value."""
 
 
+ADAPT_HELP = """usage: longctx adapt SOURCE [--out DIR] [overrides]
+
+SOURCE is a run or a Hugging Face folder (Llama, Mistral, TransNormerLLM). The new run begins with
+its parameters; overrides are those of `longctx train`, for instance --model.mixers tensorized."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
     """Train a run, or resume what its directory already holds."""
@@ -40,6 +46,47 @@ def train(arguments: Sequence[str]) -> None:
     from longctx.train.loop import train as run
 
     run(options.run, options.out)
+
+
+def adapt(arguments: Sequence[str]) -> None:
+    """`longctx adapt SOURCE --out DIR [overrides]`: train on, with another attention if wanted."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(ADAPT_HELP)
+        return
+
+    from longctx.train.initial import source_config
+    from longctx.train.loop import train as run
+
+    source, *overrides = arguments
+    found = source_config(pathlib.Path(source))
+    begun = dataclasses.replace(found, train=dataclasses.replace(found.train, init=source))
+    default = TrainOptions(begun, pathlib.Path("runs") / f"{pathlib.Path(source).name}-adapted")
+    options = parse(TrainOptions, f"adapt {source}", overrides, default=default)
+    run(options.run, options.out)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """A Hugging Face folder as a run, or the newest checkpoint of a run as such a folder."""
+
+    # A Hugging Face folder, or the directory of a run.
+    source: tyro.conf.Positional[pathlib.Path]
+    # Where the other form goes.
+    out: pathlib.Path
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """`longctx convert SOURCE --out DIR`."""
+    options = parse(ConvertOptions, "convert", arguments)
+
+    from longctx.hf import is_hf_folder
+    from longctx.train.initial import run_from_hf, run_to_hf
+
+    if is_hf_folder(options.source):
+        run_from_hf(options.source, options.out)
+    else:
+        run_to_hf(options.source, options.out)
+    print(f"{options.source} -> {options.out}")
 
 
 def find_run(name: str) -> RunConfig:
@@ -73,6 +120,10 @@ class EvalOptions:
     run: tyro.conf.Positional[pathlib.Path]
     # Sequence lengths, separated by commas; each must divide the largest.
     lengths: str = "512,1024,2048,4096"
+    # Tasks to score instead of held-out text, separated by commas: needle,mqar,... or "all".
+    tasks: str = ""
+    # Episodes per task and length.
+    episodes: int = 64
     # Held-out tokens to score, at least one sequence of the largest length.
     tokens: int = 2**16
 
@@ -90,8 +141,16 @@ class EvalOptions:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """`longctx eval RUN [--lengths 512,1024] [--tokens N]`."""
+    """`longctx eval RUN [--lengths 512,1024] [--tokens N | --tasks needle,mqar]`."""
     options = parse(EvalOptions, "eval", arguments)
+
+    if options.tasks:
+        from longctx.eval.recall import evaluate_tasks
+        from longctx.tasks import TASKS
+
+        names = list(TASKS) if options.tasks == "all" else options.tasks.split(",")
+        evaluate_tasks(options.run, names, options.parsed, count=options.episodes)
+        return
 
     from longctx.eval.lengths import evaluate as run
 

@@ -157,10 +157,13 @@ def _time_all(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) 
 def _random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.sharding.Mesh) -> Any:
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
-    doc_start = np.zeros(shape, np.int32)
-    return put_batch(
-        {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "doc_start": doc_start}, mesh
-    )
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "doc_start": np.zeros(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+    }
+    return put_batch(batch, mesh)
 
 
 EXPERIMENT = TrainingSpeed()

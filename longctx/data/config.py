@@ -12,7 +12,8 @@ class DataConfig:
     """Where the tokens come from and how they are cut into sequences."""
 
     # "python-stdlib" (source text of the running Python's standard library), or the path of a
-    # text file, a .jsonl or .parquet file, any of these with .gz, or a directory of such files.
+    # text file, a .jsonl or .parquet file, any of these with .gz, or a directory of such files; or
+    # "task:NAME", the episodes of a task of longctx.tasks, of whose tokens only answers count.
     source: str = STDLIB
     # Held-out text, same forms as `source`; empty: documents of `source` chosen by a fixed hash.
     valid_source: str = ""

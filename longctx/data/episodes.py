@@ -1,48 +1,79 @@
-"""Synthetic long-context tasks as training data: a source named `task:NAME`."""
+"""Synthetic long-context tasks as data: sources named `task:NAME`."""
 
+import dataclasses
 from typing import SupportsIndex
 
 import numpy as np
 
 from longctx.data.config import DataError
 from longctx.data.packing import Example
-from longctx.eval.tasks import TASKS, Task
-from longctx.eval.tasks.episode import SPLITS
+from longctx.data.sources import Split
+from longctx.tasks import TASKS
+from longctx.tasks.episode import SPLITS
 
 PREFIX = "task:"
 
-# Episodes in one pass of training; any number would do, since each is made when it is read.
+# Episodes in one pass; any number would do, since each is made when it is read.
 EPISODES = 2**20
 
 
+@dataclasses.dataclass(frozen=True)
+class Episodes:
+    """The episodes of one task: what a `Corpus` is for text. Its loss counts nats per token."""
+
+    name: str
+    split: Split
+    seed: int
+
+    bytes_per_token = 1.0
+
+    def windows(self, length: int) -> "EpisodeRows":
+        """Its episodes of `length` tokens."""
+        return EpisodeRows(self, length)
+
+    def __str__(self) -> str:
+        return f"episodes of {self.name}"
+
+
+def load_episodes(source: str, split: Split, *, seed: int) -> Episodes:
+    """The episodes that `task:NAME` stands for; held-out ones differ from those of training.
+
+    Raises:
+      DataError: there is no such task.
+    """
+    name = source.removeprefix(PREFIX)
+    if name not in TASKS:
+        raise DataError(f"data.source={source}: there are the tasks {', '.join(TASKS)}")
+    return Episodes(name, split, seed)
+
+
 class EpisodeRows:
-    """Random access to the training episodes of a task: a grain source.
+    """Random access to the episodes of a task: a grain source of `Example`.
 
     Only the answers are targets: what else an episode holds cannot be predicted.
     """
 
-    def __init__(self, source: str, length: int, *, seed: int, split: str = "train") -> None:
-        name = source.removeprefix(PREFIX)
-        if name not in TASKS:
-            raise DataError(f"data.source={source}: there are the tasks {', '.join(TASKS)}")
-        self._task: Task = TASKS[name]
-        self._length, self._seed, self._split = length, seed, SPLITS[split]
+    def __init__(self, episodes: Episodes, length: int) -> None:
+        self._task = TASKS[episodes.name]
+        self._stream = [episodes.seed, SPLITS["train" if episodes.split == "train" else "test"]]
+        self._length = length
         try:
             self[0]
         except ValueError as error:
-            raise DataError(f"data.source={source}: {error}") from error
+            raise DataError(f"data.source={PREFIX}{episodes.name}: {error}") from error
 
     def __len__(self) -> int:
         return EPISODES
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         index = int(index)
-        rng = np.random.default_rng([self._seed, self._split, index])
         # One token more than the sequence, so that its last token has a target too.
+        rng = np.random.default_rng([*self._stream, index])
         episode = self._task.episode(rng, self._length + 1)
         return {
             "tokens": episode.tokens[:-1],
             "targets": np.where(episode.answer, episode.tokens, -1)[1:].astype(np.int32),
             "doc_start": np.zeros(self._length, np.int32),
+            "positions": np.arange(self._length, dtype=np.int32),
             "index": np.asarray(index),
         }

@@ -25,11 +25,19 @@ class Corpus:
         """Bytes of text per token: bits per byte = nats per token / ln 2 / this."""
         return self.text_bytes / len(self.tokens)
 
+    def windows(self, length: int) -> "Windows":
+        """Its sequences of `length` tokens."""
+        return Windows(self, length)
+
+    def __str__(self) -> str:
+        return f"{len(self.tokens):,} training tokens"
+
 
 # One sequence, or with a leading axis B a batch of them, by field:
 #   tokens     int32 [T]
 #   targets    int32 [T]  the next token (of a document's last token, the boundary); -1: no target
 #   doc_start  int32 [T]  position, in this sequence, of the first token of the token's document
+#   positions  int32 [T]  how many tokens of its document stand before the token
 #   index      int64 []   which window of the corpus this is
 type Example = dict[str, np.ndarray]
 
@@ -80,6 +88,7 @@ class Windows:
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],
-            "doc_start": np.maximum.accumulate(doc_start),
+            "doc_start": (doc_start := np.maximum.accumulate(doc_start)),
+            "positions": np.arange(self._length, dtype=np.int32) - doc_start,
             "index": np.asarray(index),
         }

@@ -6,13 +6,14 @@ import grain
 import numpy as np
 
 from longctx.data.config import DataConfig, DataError
-from longctx.data.packing import Corpus, Example, Windows, pack
+from longctx.data.episodes import PREFIX, Episodes, load_episodes
+from longctx.data.packing import Corpus, Example, pack
 from longctx.data.sources import Split, documents
 from longctx.data.tokenizer import load_tokenizer
 
 
-def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus:
-    """Read, tokenize and pack one split.
+def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus | Episodes:
+    """Read, tokenize and pack one split; or the episodes of a task.
 
     Args:
       config: the source, its split and its tokenizer.
@@ -22,6 +23,8 @@ def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus:
     Raises:
       DataError: the source cannot be read or is empty, or holds a token that the model lacks.
     """
+    if config.source.startswith(PREFIX):
+        return load_episodes(config.source, split, seed=config.seed)
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = pack(documents(config, split), tokenizer)
     largest = int(corpus.tokens.max())
@@ -35,7 +38,7 @@ def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus:
 
 
 def train_batches(
-    corpus: Corpus, config: DataConfig, *, process: int = 0, processes: int = 1
+    corpus: Corpus | Episodes, config: DataConfig, *, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator:
     """Endless shuffled batches of `Example`, this process's rows of each.
 
@@ -48,7 +51,7 @@ def train_batches(
     """
     if config.batch_size % processes:
         raise DataError(f"data.batch_size={config.batch_size} must divide by {processes} processes")
-    rows = grain.MapDataset.source(Windows(corpus, config.sequence_length))
+    rows = grain.MapDataset.source(corpus.windows(config.sequence_length))
     rows = rows.shuffle(seed=config.seed).repeat()[process::processes]
     batches = rows.batch(config.batch_size // processes, batch_fn=stack)
     # Reading is slicing an array: one thread that stays two batches ahead is enough.

@@ -18,9 +18,9 @@ from rich.progress import track
 from rich.table import Table
 
 from longctx.errors import UserError
-from longctx.eval.tasks import TASKS, Episode, Needle, Task, episodes, score
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import origin
+from longctx.tasks import TASKS, Episode, Needle, Task, episodes, score
 from longctx.train.restore import load_run
 
 # Depths of the needle's grid, and tokens per call of the model.

@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from longctx.data.episodes import EpisodeRows, Episodes
 from longctx.data.packing import Corpus, Example, Windows
 from longctx.data.pipeline import stack
 from longctx.eval.nll import MODEL_FIELDS, token_nll
+from longctx.parallel.layout import Kind, Layout
 from longctx.parallel.mesh import BATCH
 
 # Contexts shorter than this form one bucket; each further bucket is as wide as all before it.
@@ -49,12 +51,13 @@ type Scorer = Callable[[nnx.State, nnx.State], Score]
 
 def make_scorer(
     graph: nnx.GraphDef,
-    corpus: Corpus,
+    corpus: Corpus | Episodes,
     length: int,
     *,
     tokens: int,
     mesh: Mesh,
     block: int | None = None,
+    layout: Kind = "contiguous",
 ) -> Scorer:
     """A function of (parameters, other variables) that scores the model on part of a corpus.
 
@@ -66,7 +69,8 @@ def make_scorer(
       corpus: what is scored.
       length: tokens per sequence, a divisor of `block` (default: `length` itself).
       tokens: how much of the corpus is scored.
-      mesh: over which the batch is split.
+      mesh: over which batch and sequences are split.
+      layout: of the tokens of a sequence over the mesh axis `seq`.
 
     Raises:
       ValueError: `length` does not divide `block`, or the corpus is shorter than a block.
@@ -74,20 +78,20 @@ def make_scorer(
     block = block or length
     if block % length:
         raise ValueError(f"{length=} must divide {block=}")
-    rows = _spread_rows(len(Windows(corpus, block)), max(1, tokens // block), block // length)
-    windows = Windows(corpus, length)
+    rows = _spread_rows(len(corpus.windows(block)), max(1, tokens // block), block // length)
+    windows = corpus.windows(length)
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     batch_size = shards * max(1, BATCH_TOKENS // (length * shards))
     bounds = _bounds(length)
     bits_per_nat = 1 / (math.log(2) * corpus.bytes_per_token)
-    sharding = NamedSharding(mesh, P(BATCH))
+    sharding, order = NamedSharding(mesh, P(BATCH, "seq")), Layout(layout, mesh.shape["seq"])
 
     @jax.jit
     def bucket_sums(
         params: nnx.State, rest: nnx.State, batch: dict[str, Int[Array, "B T"]]
     ) -> Float[Array, "2 K"]:
         nll = token_nll(nnx.merge(graph, params, rest), batch)
-        context = jnp.arange(length)[None, :] - batch["doc_start"]
+        context = batch["positions"]
         bucket = jnp.searchsorted(jnp.asarray(bounds[1:]), context, side="right")
         counted = batch["targets"] >= 0
         member = (bucket[..., None] == jnp.arange(len(bounds))[None, None]) & counted[..., None]
@@ -96,7 +100,7 @@ def make_scorer(
     def score(params: nnx.State, rest: nnx.State) -> Score:
         total = np.zeros((2, len(bounds)))
         for batch in _batches(windows, rows, batch_size):
-            placed = {f: _put(batch[f], sharding) for f in MODEL_FIELDS}
+            placed = {f: _put(order.apply(batch[f]), sharding) for f in MODEL_FIELDS}
             total += jax.device_get(bucket_sums(params, rest, placed))
         nats, counts = total
         buckets = tuple(
@@ -124,7 +128,9 @@ def _spread_rows(blocks: int, wanted: int, parts: int) -> Int[np.ndarray, " R"]:
     return (chosen[:, None] * parts + np.arange(parts)[None, :]).reshape(-1)
 
 
-def _batches(windows: Windows, rows: Int[np.ndarray, " R"], size: int) -> Iterator[Example]:
+def _batches(
+    windows: Windows | EpisodeRows, rows: Int[np.ndarray, " R"], size: int
+) -> Iterator[Example]:
     """The sequences in batches of one size; the last is filled up with rows that do not count."""
     for first in range(0, len(rows), size):
         examples = [windows[row] for row in rows[first : first + size]]

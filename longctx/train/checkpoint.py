@@ -54,6 +54,11 @@ class Checkpoints:
         )
         self.last_saved = step
 
+    def save_model(self, step: int, state: TrainState) -> None:
+        """Save what evaluation and generation need, without optimizer and data."""
+        items = ocp.args.Composite(model=ocp.args.StandardSave(_model(state)))
+        self._manager.save(step, args=items)
+
     def restore(self, target: TrainState, batches: grain.DatasetIterator) -> TrainState | None:
         """The state of the newest checkpoint that can be read; `batches` is moved along with it.
 

@@ -8,6 +8,8 @@ from typing import Literal
 from longctx.data.config import DataConfig
 from longctx.errors import UserError
 from longctx.models import ModelConfig
+from longctx.models.config import ParallelConfig
+from longctx.parallel.layout import Layout
 from longctx.parallel.mesh import MeshConfig
 from longctx.train.serialize import from_json, to_json
 
@@ -55,6 +57,9 @@ class TrainConfig:
 
     # Optimizer steps.
     steps: int = 1000
+    # Directory whose parameters the run begins with: a run, or a Hugging Face folder. Layers may be
+    # of another kind there; what both have is taken. Empty: random parameters.
+    init: str = ""
     # Seed of the initial parameters and of whatever the model draws.
     seed: int = 0
     # Slices into which a batch is cut; their gradients are added before the update.
@@ -113,6 +118,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
@@ -123,11 +129,12 @@ class RunConfig:
                 f"data.batch_size={self.data.batch_size} must divide by mesh.data x mesh.fsdp x "
                 f"train.accumulation = {shards}"
             )
-        if self.data.sequence_length % self.mesh.seq:
+        if self.data.sequence_length % (self.mesh.seq * self.mesh.tensor):
             raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} must divide by "
-                f"mesh.seq={self.mesh.seq}"
+                f"data.sequence_length={self.data.sequence_length} must divide by mesh.seq x "
+                f"mesh.tensor = {self.mesh.seq * self.mesh.tensor}"
             )
+        Layout(self.parallel.layout, self.mesh.seq).check(self.data.sequence_length, self.mesh.seq)
         rows = self.model.learned_positions
         if rows and self.data.sequence_length > rows:
             raise ValueError(

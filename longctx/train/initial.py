@@ -3,14 +3,17 @@
 import dataclasses
 import pathlib
 
+import jax
 from jax.sharding import Mesh
 
 from longctx.data.config import DataConfig
-from longctx.hf import is_hf_folder, load_hf, read_hf_config
+from longctx.hf import is_hf_folder, load_hf, read_hf_config, save_hf
 from longctx.models.layers import by_layer, put_layers
-from longctx.train.config import RunConfig, RunError, read_config
+from longctx.parallel.mesh import make_mesh
+from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
+from longctx.train.config import RunConfig, RunError, claim_directory, read_config
 from longctx.train.restore import load_run
-from longctx.train.step import TrainState
+from longctx.train.step import TrainState, create_state
 
 
 def source_config(source: pathlib.Path) -> RunConfig:
@@ -25,6 +28,34 @@ def source_config(source: pathlib.Path) -> RunConfig:
     tokenizer = source / "tokenizer.json"
     name = str(tokenizer) if tokenizer.is_file() else DataConfig.tokenizer
     return RunConfig(model=read_hf_config(source), data=DataConfig(tokenizer=name))
+
+
+def run_from_hf(folder: pathlib.Path, out: pathlib.Path) -> None:
+    """The model in a Hugging Face folder as a run in `out`, for `longctx eval` and `generate`.
+
+    Raises:
+      UserError: the folder cannot be imported.
+      RunError: `out` holds another run.
+    """
+    config, mesh = source_config(folder), make_mesh()
+    with jax.set_mesh(mesh):
+        state, _ = begin_with(create_state(config, mesh), config, folder, mesh)
+    claim_directory(config, out)
+    checkpoints = Checkpoints(out / CHECKPOINTS, keep=1)
+    checkpoints.save_model(0, state)
+    checkpoints.close()
+
+
+def run_to_hf(run: pathlib.Path, out: pathlib.Path) -> None:
+    """The newest checkpoint of `run` as a Hugging Face folder in `out`.
+
+    Raises:
+      RunError: `run` has no checkpoint that can be read.
+      UserError: no known Hugging Face architecture computes its model.
+    """
+    loaded = load_run(run)
+    length = loaded.config.data.sequence_length
+    save_hf(loaded.config.model, loaded.params, out, max_length=length)
 
 
 def begin_with(

@@ -7,12 +7,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from longctx.data.episodes import Episodes
 from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus, train_batches
 from longctx.eval.score import make_scorer
 from longctx.parallel.mesh import make_mesh
 from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
 from longctx.train.config import RunConfig, RunError, claim_directory
+from longctx.train.initial import begin_with
 from longctx.train.meter import Meter
 from longctx.train.metrics import Record, Sink, forget_after, open_sinks
 from longctx.train.plot import plot_loss
@@ -65,7 +67,14 @@ class _Run:
         self._batches = train_batches(
             corpus, config.data, process=jax.process_index(), processes=jax.process_count()
         )
-        self._score = make_scorer(graph, held_out, length, tokens=config.eval.tokens, mesh=mesh)
+        self._score = make_scorer(
+            graph,
+            held_out,
+            length,
+            tokens=config.eval.tokens,
+            mesh=mesh,
+            layout=config.parallel.layout,
+        )
         primary = jax.process_index() == 0  # the process that writes and speaks
         if primary:
             claim_directory(config, out)
@@ -84,9 +93,17 @@ class _Run:
         target = abstract_state(self._config, self._mesh)
         found = self._checkpoints.restore(target, self._batches)
         if found is None:
-            return 0, create_state(self._config, self._mesh)
+            return 0, self._first_state()
         print(f"{self._out}: going on after step {int(found.step)}")
         return int(found.step), found
+
+    def _first_state(self) -> TrainState:
+        state, source = create_state(self._config, self._mesh), self._config.train.init
+        if not source:
+            return state
+        state, fresh = begin_with(state, self._config, pathlib.Path(source), self._mesh)
+        print(f"parameters from {source}; random: {', '.join(fresh) or 'none'}")
+        return state
 
     def steps(self, stop: StopSignal) -> None:
         """Take the steps that are left, or fewer if `stop` says so."""
@@ -95,7 +112,9 @@ class _Run:
         for step in range(self.done + 1, train.steps + 1):
             self._profiler.before(step)
             batch = next(self._batches)
-            self.state, metrics = advance(self.state, put_batch(batch, self._mesh))
+            self.state, metrics = advance(
+                self.state, put_batch(batch, self._mesh, self._config.parallel.layout)
+            )
             self._meter.push(step, metrics, batch["index"])
             self._profiler.after(step, metrics)
             if step == train.steps or (every and step % every == 0):
@@ -134,9 +153,8 @@ class _Run:
             print(f"checkpoints in {self._out / CHECKPOINTS}, loss curve in {plot_loss(self._out)}")
 
 
-def _describe(state: TrainState, corpus: Corpus, mesh: Mesh) -> str:
+def _describe(state: TrainState, corpus: Corpus | Episodes, mesh: Mesh) -> str:
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     return (
-        f"{parameters:,} parameters, {len(corpus.tokens):,} training tokens, "
-        f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
+        f"{parameters:,} parameters, {corpus}, {mesh.size} {jax.devices()[0].device_kind} device(s)"
     )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
 from longctx.nn.sparse import redraw
+from longctx.parallel.layout import Kind, Layout
 from longctx.parallel.mesh import BATCH
 from longctx.train.config import RunConfig
 from longctx.train.optim import make_optimizer, schedule
@@ -39,7 +40,7 @@ def model_graph(config: RunConfig) -> nnx.GraphDef:
 
 
 def _build(config: RunConfig) -> nnx.Module:
-    return build(config.model, rngs=nnx.Rngs(config.train.seed))
+    return build(config.model, parallel=config.parallel, rngs=nnx.Rngs(config.train.seed))
 
 
 def initial_state(config: RunConfig) -> TrainState:
@@ -77,10 +78,13 @@ def create_state(config: RunConfig, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: initial_state(config), out_shardings=shardings)()
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> Batch:
-    """This process's rows of a batch as global arrays."""
-    sharding = NamedSharding(mesh, P(BATCH))
-    return {f: jax.make_array_from_process_local_data(sharding, batch[f]) for f in MODEL_FIELDS}
+def put_batch(batch: dict[str, Any], mesh: Mesh, layout: Kind = "contiguous") -> Batch:
+    """This process's rows of a batch as global arrays, tokens in the order of `layout`."""
+    sharding, order = NamedSharding(mesh, P(BATCH, "seq")), Layout(layout, mesh.shape["seq"])
+    return {
+        f: jax.make_array_from_process_local_data(sharding, order.apply(batch[f]))
+        for f in MODEL_FIELDS
+    }
 
 
 def make_train_step(config: RunConfig) -> jax.stages.Wrapped:

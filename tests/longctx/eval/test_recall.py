@@ -8,7 +8,7 @@ from flax import nnx
 
 from longctx.errors import UserError
 from longctx.eval.recall import Answerer, evaluate_tasks, score_task
-from longctx.eval.tasks import TASKS, MultiQueryRecall
+from longctx.tasks import TASKS, MultiQueryRecall
 from longctx.parallel.mesh import make_mesh
 
 

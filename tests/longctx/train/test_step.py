@@ -22,6 +22,7 @@ def some_batch():
         "tokens": tokens[:, :-1].copy(),
         "targets": tokens[:, 1:].copy(),
         "doc_start": doc_start,
+        "positions": np.arange(T, dtype=np.int32) - doc_start,
     }
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from longctx.eval.tasks.episode import BYTES, Episode, TextCodec
+from longctx.tasks.episode import BYTES, Episode, TextCodec
 
 _FILLER = (
     "The road along the river was quiet in the morning. ",

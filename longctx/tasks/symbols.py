@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from longctx.eval.tasks.episode import Episode
+from longctx.tasks.episode import Episode
 
 
 def _check_vocabulary(vocab_size: int, needed: int, task: str) -> None:

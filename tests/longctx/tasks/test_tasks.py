@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from longctx.eval.tasks import (
+from longctx.tasks import (
     TASKS,
     Episode,
     Induction,

@@ -1,6 +1,6 @@
 """Synthetic long-context tasks: deterministic generators that serve for training and evaluation."""
 
-from longctx.eval.tasks.episode import (
+from longctx.tasks.episode import (
     BYTES,
     Episode,
     Task,
@@ -9,8 +9,8 @@ from longctx.eval.tasks.episode import (
     episodes,
     score,
 )
-from longctx.eval.tasks.symbols import Copying, Induction, MultiQueryRecall
-from longctx.eval.tasks.text import CommonWords, LineRetrieval, Needle, VariableTracking
+from longctx.tasks.symbols import Copying, Induction, MultiQueryRecall
+from longctx.tasks.text import CommonWords, LineRetrieval, Needle, VariableTracking
 
 TASKS: dict[str, Task] = {
     "needle": Needle(),

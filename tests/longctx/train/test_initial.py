@@ -1,0 +1,108 @@
+"""From one model to another: adapted runs, Hugging Face folders, tasks as data and as tests."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from longctx.cli import main
+from longctx.data.config import DataConfig
+from longctx.errors import UserError
+from longctx.models import MODELS, LightningConfig, MlpConfig, SoftmaxConfig
+from longctx.models.layers import by_layer
+from longctx.parallel.mesh import make_mesh
+from longctx.provenance import read_rows
+from longctx.train.config import EvalConfig, OptimConfig, RunConfig, RunError, TrainConfig
+from longctx.train.initial import begin_with, run_from_hf, run_to_hf
+from longctx.train.loop import train
+from longctx.train.restore import load_run
+from longctx.train.step import create_state
+
+MODEL = dataclasses.replace(
+    MODELS["transformer-tiny"],
+    width=32,
+    num_layers=2,
+    softmax=SoftmaxConfig(num_heads=2, num_kv_heads=1, head_dim=16),
+    lightning=LightningConfig(num_heads=2, head_dim=16),
+    mlp=MlpConfig(width=48, activation="silu"),
+)
+RUN = RunConfig(
+    model=MODEL,
+    data=DataConfig(source="task:mqar", sequence_length=64, batch_size=4),
+    optim=OptimConfig(learning_rate=1e-3, warmup_steps=1),
+    train=TrainConfig(steps=2, log_every=1),
+    eval=EvalConfig(tokens=256),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> pathlib.Path:
+    """A run of two steps on associative recall."""
+    out = tmp_path_factory.mktemp("runs") / "source"
+    train(RUN, out)
+    return out
+
+
+def test_only_answers_of_a_task_are_targets(trained):
+    first = read_rows(trained / "metrics.jsonl")[0]
+    assert abs(first["loss"] - np.log(MODEL.vocab_size)) < 1  # of an untrained model, per answer
+
+
+def test_adapting_takes_what_both_models_have(trained):
+    """Softmax to lightning in one layer of two: the other layer and all MLPs are taken."""
+    hybrid = dataclasses.replace(MODEL, mixers=("lightning", "softmax"))
+    mesh = make_mesh()
+    config = dataclasses.replace(RUN, model=hybrid)
+    state, fresh = begin_with(create_state(config, mesh), config, trained, mesh)
+    given, taken = by_layer(MODEL, load_run(trained).params), by_layer(hybrid, state.params)
+    assert {name.rpartition(".")[0] for name in fresh} == {
+        "layers.0.mixer.project",
+        "layers.0.mixer.lrpe",
+    }
+    for path in set(given) & set(taken):
+        np.testing.assert_array_equal(taken[path], given[path])
+    assert ("layers", 1, "mixer", "query", "kernel") in set(given) & set(taken)
+
+
+def test_adapt_command_trains_on(trained, tmp_path):
+    out = tmp_path / "adapted"
+    arguments = ["--model.mixers", "window", "--train.steps", "3", "--out", str(out)]
+    main(["adapt", str(trained), *arguments])
+    assert json.loads((out / "config.json").read_text())["model"]["mixers"] == ["window"]
+    rows = [r for r in read_rows(out / "metrics.jsonl") if "loss" in r]
+    assert rows[-1]["step"] == 3
+
+
+def test_other_shapes_are_refused(trained):
+    wide = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, mlp=MlpConfig(width=64)))
+    mesh = make_mesh()
+    with pytest.raises(RunError, match="cannot begin with"):
+        begin_with(create_state(wide, mesh), wide, trained, mesh)
+
+
+def test_to_hugging_face_and_back(trained, tmp_path):
+    run_to_hf(trained, tmp_path / "hf")
+    run_from_hf(tmp_path / "hf", tmp_path / "back")
+    there, back = load_run(trained), load_run(tmp_path / "back")
+    given, got = by_layer(MODEL, there.params), by_layer(MODEL, back.params)
+    assert given.keys() == got.keys()
+    for path, value in given.items():
+        np.testing.assert_array_equal(got[path], value)
+
+
+def test_eval_tasks_command(trained, capsys):
+    arguments = ["--tasks", "mqar,needle", "--lengths", "128", "--episodes", "3"]
+    main(["eval", str(trained), *arguments])
+    rows = read_rows(trained / "tasks.jsonl")
+    assert {r["task"] for r in rows} == {"mqar", "needle"}
+    assert {r["depth"] for r in rows if r["task"] == "needle"} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert (trained / "tasks.png").stat().st_size > 1000
+    assert "needle" in capsys.readouterr().out
+
+
+def test_unknown_task_is_one_clear_error(tmp_path):
+    nothing = dataclasses.replace(RUN.data, source="task:nothing")
+    with pytest.raises(UserError, match="there are the tasks needle"):
+        train(dataclasses.replace(RUN, data=nothing), tmp_path / "x")
