@@ -200,36 +200,34 @@ class _Call:
         """Products of a forward for one visible (query, key) pair, over all heads."""
         return 2 * self.batch * self.heads * self.widths
 
+    @functools.cached_property
     def pairs(self) -> np.ndarray:
         """Visible pairs of each rank (rows) at each hop of its ring (columns).
 
-        Counted exactly for up to 256 evenly spread queries of every rank.
+        Counted exactly for up to 128 evenly spread queries of every rank.
         """
-        ranks, local = self.devices, self.local
-        slots = np.unique(np.linspace(0, local - 1, 256).round().astype(int))
-        order = self.layout.order(self.length).reshape(ranks, local)[:, slots]
-        hops = self.shards.hops
-        counts = np.empty((ranks, hops))
-        for rank in range(ranks):
-            position = order[rank]
-            reach = self.window or self.length
-            first = np.maximum(position - reach + 1, 0)
+        ranks, hops = self.devices, np.arange(self.shards.hops)[:, None]
+        slots = np.unique(np.linspace(0, self.local - 1, 128).round().astype(int))
+        order = self.layout.order(self.length).reshape(ranks, self.local)[:, slots]
+
+        def of_rank(rank: int) -> np.ndarray:
+            position = order[rank][None]
+            first = np.maximum(position - (self.window or self.length) + 1, 0)
             stop = position + 1 if self.causal else np.full_like(position, self.length)
-            for hop in range(hops):
-                source = (rank - hop) % ranks
-                before = functools.partial(
-                    self.layout.count_before,
-                    length=self.length, devices=ranks, device=source,
-                )  # fmt: skip
-                counts[rank, hop] = np.mean(before(stop) - before(first)) * local
-        return counts
+            before = functools.partial(
+                self.layout.count_before,
+                length=self.length, devices=ranks, device=(rank - hops) % ranks,
+            )  # fmt: skip
+            return np.mean(before(stop) - before(first), 1) * self.local
+
+        return np.stack([of_rank(rank) for rank in range(ranks)])
 
     @functools.cached_property
     def shards(self) -> Shards:
         return Shards("seq", self.devices, self.layout, self.length, window=self.window)
 
     def ring(self) -> Cost:
-        chip, pairs = self.hardware, self.pairs()
+        chip, pairs = self.hardware, self.pairs
         hops = pairs.shape[1]
         busiest = self.pair_flops * pairs.max(0)  # all ranks wait for the slowest of a hop
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
@@ -269,7 +267,7 @@ class _Call:
         return math.ceil(rate * per_key / (2 * self.heads * share))
 
     def all_gather(self) -> Cost:
-        chip, pairs = self.hardware, self.pairs()
+        chip, pairs = self.hardware, self.pairs
         flops = float(self.pair_flops * pairs.sum(1).max())
         others = self.devices - 1
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)

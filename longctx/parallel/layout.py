@@ -104,7 +104,7 @@ class Layout:
         position: Int[Array, "..."] | Int[np.ndarray, "..."],
         length: int,
         devices: int,
-        device: int | Int[Array, ""],
+        device: int | Int[Array, "..."] | Int[np.ndarray, "..."],
     ) -> Int[Array, "..."]:
         """How many of the tokens that `device` holds stand before `position`: their first slot.
 
