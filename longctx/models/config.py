@@ -31,8 +31,9 @@ class LightningConfig:
 
     num_heads: int = 8  # paper: heads of 128
     head_dim: int = 128  # paper
-    position: str = "mix"  # mix: LRPE-d in layer 0, decay elsewhere (paper's choice); lrpe_d: both
-    # everywhere; exp_decay: decay alone; lrpe: rotation alone; absolute: neither (learned table)
+    # mix: LRPE-d in layer 0, decay elsewhere (paper's choice); lrpe_d: both everywhere; exp_decay:
+    # decay alone; lrpe: rotation alone; absolute: neither (learned table)
+    position: str = "mix"
     slopes: str = "alibi"  # author code; "printed": the formula printed in the papers
     temperature: bool = True  # slower decay in later layers (paper)
     gate: Gate = "linear"  # paper: linear; MiniMax-01: sigmoid; or off
@@ -111,13 +112,14 @@ class ModelConfig:
     vocab_size: int = 50272  # the paper's ablation-style release; 64000 in the final ones
     width: int = 1024  # of the residual stream
     num_layers: int = 24  # layers
-    mixers: tuple[str, ...] = ("lightning",)  # pattern of token mixers, repeated over the layers:
-    # names of MIXERS; for instance seven lightning, one softmax
-    lightning: LightningConfig = LightningConfig()
-    softmax: SoftmaxConfig = SoftmaxConfig()
-    sparse: SparseConfig = SparseConfig()
-    tensorized: TensorizedConfig = TensorizedConfig()
-    mlp: MlpConfig = MlpConfig()
+    # Pattern of token mixers, repeated over the layers (for instance seven lightning, one softmax):
+    # lightning, softmax, window, tied, hash, drop, tensorized
+    mixers: tuple[str, ...] = ("lightning",)
+    lightning: LightningConfig = LightningConfig()  # of lightning layers
+    softmax: SoftmaxConfig = SoftmaxConfig()  # of all other layers
+    sparse: SparseConfig = SparseConfig()  # of tied, hash and drop layers
+    tensorized: TensorizedConfig = TensorizedConfig()  # of tensorized layers
+    mlp: MlpConfig = MlpConfig()  # of every layer
     norm: NormKind = "srms"  # pre-norms and final norm: srms (paper), rms, layer
     norm_eps: float = 1e-6  # author code
     learned_positions: int = 0  # rows of a learned absolute position table; 0: none

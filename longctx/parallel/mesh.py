@@ -17,10 +17,10 @@ BATCH = ("data", "fsdp")
 class MeshConfig:
     """Devices along each axis: `data` and `fsdp` split the batch, `seq` time, `tensor` heads."""
 
-    data: int = 1
-    fsdp: int = 1
-    seq: int = 1
-    tensor: int = 1
+    data: int = 1  # devices that split the batch
+    fsdp: int = 1  # devices that split the batch, the parameters and the optimizer's state
+    seq: int = 1  # devices that split every sequence
+    tensor: int = 1  # devices that split heads and MLP columns
 
     def __post_init__(self) -> None:
         for axis, size in self.shape.items():
