@@ -39,6 +39,7 @@ def tile_bounds(visible: Visible | None, b, h, tile, otherwise: Callable[[], tup
         ref = visible.bounds
         start, stop, full_start, full_stop = (ref[*_at(ref, b, h), tile, i] for i in range(4))
     stop = jnp.maximum(start, stop)
+    start = jnp.minimum(start, stop)  # loses the varying axes of a loaded scalar, as loops need
     full_start = jnp.clip(full_start, start, stop)
     return start, full_start, jnp.clip(full_stop, full_start, stop), stop
 

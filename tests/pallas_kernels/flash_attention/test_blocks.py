@@ -16,13 +16,13 @@ BACKENDS = {
     "reference": {"backend": "reference"},
 }
 backends = pytest.mark.parametrize("how", BACKENDS.values(), ids=BACKENDS)
-CUT = 20  # keys of the first of two blocks
+CUT = 25  # keys of each of the two blocks
 
 
-def pieces(batch=2, length=33, kv_length=50, dtype=jnp.float32):
+def pieces(batch=2, length=33, dtype=jnp.float32):
     """Inputs, intervals over all keys, and (k, v, lo, hi) of the two blocks of keys."""
-    q, k, v = inputs(batch, length, kv_length, heads=4, kv_heads=2, dtype=dtype)
-    lo, hi = random_intervals((batch, length), kv_length)
+    q, k, v = inputs(batch, length, 2 * CUT, heads=4, kv_heads=2, dtype=dtype)
+    lo, hi = random_intervals((batch, length), 2 * CUT)
     first = (k[:, :CUT], v[:, :CUT], lo, hi)
     second = (k[:, CUT:], v[:, CUT:], lo - CUT, hi - CUT)
     return q, k, v, lo, hi, first, second
@@ -31,7 +31,7 @@ def pieces(batch=2, length=33, kv_length=50, dtype=jnp.float32):
 @backends
 def test_carry_equals_concatenation(how):
     q, k, v, lo, hi, first, second = pieces()
-    carry = None
+    carry = jnp.zeros_like(q), jnp.full((2, 4, 33), -jnp.inf)
     for k_n, v_n, lo_n, hi_n in (first, second):
         carry = block_forward(q, k_n, v_n, lo=lo_n, hi=hi_n, carry=carry, soft_cap=3.0, **how)
     assert_close(carry, definition(q, k, v, lo, hi, causal=False, soft_cap=3.0), 2e-6)
@@ -42,42 +42,43 @@ def test_accumulated_gradients_equal_those_of_all_keys(how):
     q, k, v, lo, hi, first, second = pieces()
     out = definition(q, k, v, lo, hi, causal=False)
     do, dlse = cotangent = random_like(out, jax.random.key(1))
-    _, (dq, dk, dv) = pullback_of(lambda *x: definition(*x, causal=False), (0, 1, 2))(
+    _, gradients = pullback_of(lambda *x: definition(*x, causal=False), (0, 1, 2))(
         (q, k, v, lo, hi), cotangent
     )
     delta = jnp.einsum("bthe,bthe->bht", do, out[0], precision="highest") - dlse
-    base = random_like((dq, dk, dv), jax.random.key(2))
-    sums = [base[0]]
-    for n, (k_n, v_n, lo_n, hi_n) in enumerate((first, second)):
-        part = slice(0, CUT) if n == 0 else slice(CUT, None)
-        accumulate = (sums[0], base[1][:, part], base[2][:, part])
-        total = block_backward(
+    base = random_like(gradients, jax.random.key(2))
+    dq, hops = base[0], []
+    for part, (k_n, v_n, lo_n, hi_n) in zip(
+        (slice(0, CUT), slice(CUT, None)), (first, second), strict=True
+    ):
+        accumulate = (dq, base[1][:, part], base[2][:, part])
+        dq, *dk_dv = block_backward(
             q, k_n, v_n, do, out[1], delta, lo=lo_n, hi=hi_n, accumulate=accumulate, **how
         )
-        plain = block_backward(q, k_n, v_n, do, out[1], delta, lo=lo_n, hi=hi_n, **how)
-        assert_close(total, [a + g for a, g in zip(accumulate, plain, strict=True)], 1e-6)
-        sums = [total[0], *sums[1:], *total[1:]]
-    assert_close(sums[0], base[0] + dq, 4e-6)
-    assert_close(jnp.concatenate(sums[1::2], 1), base[1] + dk, 4e-6)
-    assert_close(jnp.concatenate(sums[2::2], 1), base[2] + dv, 4e-6)
+        hops.append(dk_dv)
+    dk, dv = (jnp.concatenate(x, 1) for x in zip(*hops, strict=True))
+    assert_close((dq, dk, dv), [b + g for b, g in zip(base, gradients, strict=True)], 4e-6)
 
 
 @backends
 def test_narrow_inputs_are_not_rounded_between_blocks(how):
-    q, _, _, lo, hi, first, second = pieces(dtype=jnp.bfloat16)
-    carry = None
-    for k_n, v_n, lo_n, hi_n in (first, second):
-        carry = block_forward(q, k_n, v_n, lo=lo_n, hi=hi_n, carry=carry, **how)
-    do, lse = carry
-    assert do.dtype == lse.dtype == jnp.float32
-    zeros = tuple(jnp.zeros(x.shape) for x in (q, first[0], first[1]))
-    delta = jnp.zeros_like(lse)
-    args = (q, *first[:2], do, lse, delta)
-    wide = block_backward(*args, lo=lo, hi=hi, accumulate=zeros, **how)
-    narrow = block_backward(*args, lo=lo, hi=hi, **how)
-    assert {x.dtype for x in wide} == {jnp.dtype(jnp.float32)}
-    assert {x.dtype for x in narrow} == {jnp.dtype(jnp.bfloat16)}
-    assert_close(narrow, [x.astype(jnp.bfloat16) for x in wide], 0.0)
+    q, _, _, lo, hi, (k, v, *_), _ = pieces(dtype=jnp.bfloat16)
+    mask = dict(lo=lo, hi=hi, **how)
+    o, lse = jax.eval_shape(lambda: block_forward(q, k, v, **mask))
+    assert o.dtype == lse.dtype == jnp.float32
+    last, _ = jax.eval_shape(lambda: block_forward(q, k, v, out_dtype=q.dtype, **mask))
+    assert last.dtype == q.dtype
+    sums = tuple(jnp.zeros(x.shape) for x in (q, k, v))
+    for accumulate, out_dtype, dtype in (
+        (sums, None, jnp.float32),
+        (None, jnp.float32, jnp.float32),
+        (None, None, jnp.bfloat16),
+    ):
+        options = {"accumulate": accumulate, "out_dtype": out_dtype, **mask}
+        gradients = jax.eval_shape(
+            lambda o, lse, options=options: block_backward(q, k, v, o, lse, lse, **options), o, lse
+        )
+        assert {x.dtype for x in gradients} == {jnp.dtype(dtype)}
 
 
 def test_merge_is_exact_and_differentiable():

@@ -185,13 +185,9 @@ def check_compiled(compiled):
     assert set(re.findall(r"(while|all-\w+|collective-permute)\(", text)) == set()
 
 
-def test_auto_compiles_for_tpu_sharded():
-    check_compiled(compile_gradient("v5e", jnp.bfloat16))
-
-
-def test_compiles_with_64_bit_types():
+def test_auto_compiles_for_tpu_sharded_with_64_bit_types():
     with jax.enable_x64(True):
-        check_compiled(compile_gradient("v6e", jnp.float32, width=24, length=700, soft_cap=9.0))
+        check_compiled(compile_gradient("v5e", jnp.bfloat16, length=2000))
 
 
 @pytest.mark.slow
