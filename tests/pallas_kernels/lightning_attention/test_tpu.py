@@ -25,13 +25,14 @@ SMALL = TpuTiles(chunk=128, block=256)
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: d.__name__)
 def test_interpreted_packed_with_state(dtype):
-    # Two blocks, the second with one whole and one partial chunk.
+    # Two blocks, the second with one whole and one partial chunk; one document fills a chunk.
     case = Case(400, batch=1, heads=2, dtype=dtype)
+    documents = jnp.repeat(jnp.array([-1, 37, 256, 390]), jnp.array([37, 219, 134, 10]))[None]
     with interpreted():
         check_op(
             attend("tpu", tiles=SMALL),
             attend("reference"),
-            (*case.draw(), case.documents()),
+            (*case.draw(), documents),
             wrt=range(5),
             tolerance=TOLERANCE[dtype],
         )
@@ -42,14 +43,14 @@ def test_interpreted_shorter_than_a_chunk():
         check_op(
             attend("tpu"),
             attend("reference"),
-            Case(15, batch=1, heads=1).draw()[:4],
+            Case(15, batch=1, heads=2).draw()[:4],
             wrt=range(4),
             tolerance=1e-5,
         )
 
 
 def test_interpreted_state_alone():
-    case = Case(256, batch=1, heads=1)
+    case = Case(256, batch=1, heads=2)
     with interpreted():
         check_op(
             final_state("tpu"),
