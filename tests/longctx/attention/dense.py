@@ -1,16 +1,25 @@
-"""Dense masked softmax attention in the dtype of its inputs: what the operators must equal."""
+"""Dense masked softmax attention in NumPy, float64: what the sparse operators must equal."""
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 
-def masked_attention(q, k, v, mask, scale=None):
-    """`mask` is bool [B, H, T, S]; a row that sees nothing gives 0."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    s = scale * jnp.einsum("bthd,bshd->bhts", q, k, precision="highest")
-    s = jnp.where(mask, s, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(s, -1, keepdims=True))
-    p = jnp.exp(jnp.where(mask, s - jnp.where(jnp.isinf(top), 0.0, top), -jnp.inf))
-    total = p.sum(-1, keepdims=True)
-    p = p / jnp.where(total == 0, 1.0, total)
-    return jnp.einsum("bhts,bshe->bthe", p, v, precision="highest")
+def masked_attention(q, k, v, mask, do=None):
+    """Attention where `mask`, bool [B, H, T, S], is set; a row that sees nothing gives 0.
+
+    With `do` also its pull-back: (o, (dq, dk, dv)). Heads of q, k and v agree.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    s = np.where(mask, scale * np.einsum("bthd,bshd->bhts", q, k, optimize=True), -np.inf)
+    top = s.max(-1, keepdims=True)
+    p = np.exp(s - np.where(np.isinf(top), 0.0, top))
+    p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
+    o = np.einsum("bhts,bshe->bthe", p, v, optimize=True)
+    if do is None:
+        return o
+    do = np.asarray(do, np.float64)
+    dp = np.einsum("bthe,bshe->bhts", do, v, optimize=True)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdims=True))
+    dq = np.einsum("bhts,bshd->bthd", ds, k, optimize=True)
+    dk = np.einsum("bhts,bthd->bshd", ds, q, optimize=True)
+    return o, (dq, dk, np.einsum("bhts,bthe->bshe", p, do, optimize=True))

@@ -17,17 +17,17 @@ from tests.longctx.attention.dense import masked_attention
 B, H, D, E = 2, 3, 8, 4
 
 
-def qkv(length, dtype=jnp.float32, seed=0, value_width=E):
+@functools.cache
+def qkv(length, seed=0, value_width=E):
     keys = jax.random.split(jax.random.key(seed), 3)
     widths = (D, D, value_width)
     return tuple(
-        jax.random.normal(key, (B, length, H, w)).astype(dtype)
-        for key, w in zip(keys, widths, strict=True)
+        jax.random.normal(key, (B, length, H, w)) for key, w in zip(keys, widths, strict=True)
     )
 
 
 def causal(length, strict=False):
-    return jnp.tril(jnp.ones((length, length), bool), -1 if strict else 0)[None, None]
+    return np.tril(np.ones((length, length), bool), -1 if strict else 0)[None, None]
 
 
 def documents(length):
@@ -38,29 +38,32 @@ def documents(length):
 
 
 def in_document(doc_start):
-    keys = jnp.arange(doc_start.shape[1])[None, None]
-    return (keys >= doc_start[..., None])[:, None]
+    keys = np.arange(doc_start.shape[1])
+    return (keys >= np.asarray(doc_start)[..., None])[:, None]
 
 
 def hash_mask(q_hashes, k_hashes, strict):
+    q_hashes, k_hashes = np.asarray(q_hashes), np.asarray(k_hashes)
     same = q_hashes[:, :, None] == k_hashes[:, None]
-    return jnp.moveaxis(same, -1, 1) & causal(q_hashes.shape[1], strict)
+    return np.moveaxis(same, -1, 1) & causal(q_hashes.shape[1], strict)
 
 
 def drop_mask(keep_q, keep_k):
+    keep_q, keep_k = np.asarray(keep_q), np.asarray(keep_k)
     pairs = keep_q[:, :, None] & keep_k[:, None]
-    return jnp.moveaxis(pairs, -1, 1) & causal(keep_q.shape[1])
+    return np.moveaxis(pairs, -1, 1) & causal(keep_q.shape[1])
+
+
+# What is tested is the order and the intervals; the kernels have tests of their own, and two of
+# the cases below go through the one that "auto" chooses.
+REFERENCE = {"backend": "reference"}
 
 
 def check(function, mask, args, tolerance=2e-6):
     """Value and gradients in q, k, v against float64 dense masked attention."""
-    do = jax.random.normal(jax.random.key(7), args[2].shape).astype(args[2].dtype)
+    do = jax.random.normal(jax.random.key(7), args[2].shape)
     got = value_and_gradients(function, args, (0, 1, 2), do)
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (*args, do)]
-        reference = functools.partial(masked_attention, mask=jnp.asarray(np.asarray(mask)))
-        want = value_and_gradients(reference, wide[:3], (0, 1, 2), wide[3])
-        assert_close(got, want, tolerance)
+    assert_close(got, masked_attention(*args, np.asarray(mask), do), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,15 @@ def test_hash_equals_dense(length, tied, strict, packed):
     def run(q, k, v):
         hashes = q_hashes if tied else (q_hashes, k_hashes)
         return sparse.hash_sparse_attention(
-            q, k, v, num_buckets=nb, hashes=hashes, tied=tied, strict=strict, doc_start=doc_start
+            q,
+            k,
+            v,
+            num_buckets=nb,
+            hashes=hashes,
+            tied=tied,
+            strict=strict,
+            doc_start=doc_start,
+            backend="auto" if length == 130 and tied else "reference",
         )
 
     check(run, mask, qkv(length))
@@ -106,7 +117,15 @@ def test_drop_equals_dense(length, packed):
 
     def run(q, k, v):
         return sparse.qk_sparse_attention(
-            q, k, v, keep_q, keep_k, capacity_q=length, capacity_k=length, doc_start=doc_start
+            q,
+            k,
+            v,
+            keep_q,
+            keep_k,
+            capacity_q=length,
+            capacity_k=length,
+            doc_start=doc_start,
+            backend="auto" if length == 130 else "reference",
         )
 
     check(run, mask, qkv(length))
@@ -123,7 +142,7 @@ def test_hash_visits_the_tiles_that_intervals_need(length, nb, expected):
 def test_visited_tiles_are_those_with_a_pair():
     length, tile = 256, 16
     hashes = jax.random.randint(jax.random.key(0), (B, length, H), 0, 4)
-    plan = sparse.plan_hash(hashes, None, num_buckets=4)
+    plan = jax.jit(lambda hashes: sparse.plan_hash(hashes, None, num_buckets=4))(hashes)
     order = plan.q_source
     codes = jnp.take_along_axis(jnp.swapaxes(hashes, 1, 2), order, -1)
     pairs = (codes[..., None] == codes[..., None, :]) & (order[..., None] > order[..., None, :])
@@ -151,6 +170,7 @@ def test_capacity_drops_the_latest_and_reports_them():
         keep_k=keep_k,
         capacity_q=capacity_q,
         capacity_k=capacity_k,
+        **REFERENCE,
     )
     check(run, drop_mask(first_q, first_k), qkv(length))
     lost = sparse.overflow(keep_k, capacity_k)
@@ -171,7 +191,8 @@ def test_long_orders_are_filled_to_whole_tiles():
     masks = (hash_mask(hashes, hashes, True), drop_mask(keep, keep))
     for plan, mask in zip(plans, masks, strict=True):
         assert plan.lo.shape[-1] == 2304
-        assert_close(jax.jit(sparse.attend)(plan, q, k, v), masked_attention(q, k, v, mask), 3e-6)
+        run = jax.jit(functools.partial(sparse.attend, **REFERENCE))
+        assert_close(run(plan, q, k, v), masked_attention(q, k, v, mask), 3e-6)
 
 
 def test_one_bucket_and_no_dropping_are_dense_causal_attention():
@@ -179,16 +200,16 @@ def test_one_bucket_and_no_dropping_are_dense_causal_attention():
     keep = jnp.ones((B, 33, H), bool)
     check(
         lambda q, k, v: sparse.hash_sparse_attention(
-            q, k, v, num_buckets=1, key=jax.random.key(0), strict=False
+            q, k, v, num_buckets=1, key=jax.random.key(0), strict=False, **REFERENCE
         ),
-        jnp.broadcast_to(causal(33), (B, H, 33, 33)),
+        causal(33),
         args,
     )
     check(
         lambda q, k, v: sparse.qk_sparse_attention(
-            q, k, v, keep, keep, capacity_q=33, capacity_k=33
+            q, k, v, keep, keep, capacity_q=33, capacity_k=33, **REFERENCE
         ),
-        jnp.broadcast_to(causal(33), (B, H, 33, 33)),
+        causal(33),
         args,
     )
 
@@ -213,7 +234,7 @@ def test_any_hashes_equal_dense(data):
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _hash_untied(q, k, v, hashes, nb, strict):
     return sparse.hash_sparse_attention(
-        q, k, v, num_buckets=nb, hashes=hashes, tied=False, strict=strict
+        q, k, v, num_buckets=nb, hashes=hashes, tied=False, strict=strict, **REFERENCE
     )
 
 
@@ -223,7 +244,7 @@ def test_hash_leaks_no_future(tied):
     length, cut = 70, 41
     run = jax.jit(
         lambda q, k, v: sparse.hash_sparse_attention(
-            q, k, v, num_buckets=4, key=jax.random.key(5), tied=tied, strict=False
+            q, k, v, num_buckets=4, key=jax.random.key(5), tied=tied, strict=False, **REFERENCE
         )
     )
     before = run(*qkv(length))
@@ -238,7 +259,9 @@ def test_random_drop_leaks_no_future():
     length, cut = 70, 41
     keep, other_keep = (jax.random.uniform(jax.random.key(s), (B, length, H)) < 0.6 for s in (0, 1))
     keep_later = keep.at[:, cut:].set(other_keep[:, cut:])
-    run = jax.jit(functools.partial(sparse.qk_sparse_attention, capacity_q=40, capacity_k=30))
+    run = jax.jit(
+        functools.partial(sparse.qk_sparse_attention, capacity_q=40, capacity_k=30, **REFERENCE)
+    )
     before = run(*qkv(length), keep, keep)
     mixed = [
         x.at[:, cut:].set(y[:, cut:]) for x, y in zip(qkv(length), qkv(length, seed=9), strict=True)
@@ -251,7 +274,7 @@ def test_rematerialisation_draws_the_same_buckets():
     args, key = qkv(64, value_width=D), jax.random.key(4)
 
     def loss(q, k, v):
-        o = sparse.hash_sparse_attention(q, k, v, num_buckets=4, key=key)
+        o = sparse.hash_sparse_attention(q, k, v, num_buckets=4, key=key, **REFERENCE)
         return (o * v).sum()
 
     plain = jax.jit(jax.grad(loss, (0, 1, 2)))(*args)

@@ -35,7 +35,7 @@ def run(module, x, *args, **kwargs):
     return module(x, *args, **kwargs)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", ["tied", "hash", "drop"])
 def test_prefill_and_decode_equal_the_full_pass(name):
     module, x = make(name), tokens()
     full, nothing = run(module, x)

@@ -33,8 +33,11 @@ def run(module, x, *args, **kwargs):
     [
         {},
         {"dims": (4, 3, None), "positions": "global"},
-        {"dims": (4, 4, 4), "order": "fast_first", "num_kv_heads": None},
-        {"dims": (64,), "self_bias": None},
+        pytest.param(
+            {"dims": (4, 4, 4), "order": "fast_first", "num_kv_heads": None},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"dims": (64,), "self_bias": None}, marks=pytest.mark.slow),
     ],
 )
 def test_prefill_and_decode_equal_the_full_pass(options):
