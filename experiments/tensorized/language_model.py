@@ -116,7 +116,7 @@ class Extrapolation:
             scores = evaluate(
                 runs / row["run"], [m * trained for m in BEYOND], tokens=config.eval.tokens
             )
-            rows += [row | {"trained": trained} | dataclasses.asdict(score) for score in scores]
+            rows += [{**row, "trained": trained, **dataclasses.asdict(score)} for score in scores]
         return rows
 
     def table(self, rows: Sequence[Row]) -> str:

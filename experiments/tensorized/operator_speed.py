@@ -9,8 +9,9 @@ time nearly linear in the length. One sequence, 32 query and 8 key/value heads o
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,12 @@ class OperatorSpeed:
         """Time forward, and forward + backward where its arrays fit beside the inputs."""
         del runs  # nothing is trained
         heads, kv_heads, width = HEADS[scale]
-        rows = []
+        rows: list[Row] = []
         for length, dims in SHAPES[scale].items():
             tensorized = functools.partial(
                 tensorized_attention, dims=dims, self_bias=jnp.full((1, heads), BIAS)
             )
-            operators = {"tensorized": tensorized}
+            operators: dict[str, Callable[..., Any]] = {"tensorized": tensorized}
             if length <= DENSE_UP_TO:
                 operators["dense"] = flash_attention
             keys = jax.random.split(jax.random.key(0), 4)
@@ -57,7 +58,7 @@ class OperatorSpeed:
             )
             for name, operator in operators.items():
                 forward = time_ms(jax.jit(operator), q, k, v, batches=3)
-                row = {"operator": name, "length": length, "dims": list(dims)}
+                row: dict[str, Any] = {"operator": name, "length": length, "dims": list(dims)}
                 row |= {"forward_ms": forward, "forward_backward_ms": None}
                 if length <= DENSE_UP_TO:
                     row["forward_backward_ms"] = time_ms(

@@ -154,7 +154,7 @@ def _attend_bwd(hop, saved, do):
     dq, dk, dv, dfrequencies = pull(grads)
     dbias = None
     if bias is not None:
-        own, pull_own = jax.vjp(lambda *args: self_scores(*args, hop.scale), q, k, bias)
+        own, pull_own = jax.vjp(lambda q, k, bias: self_scores(q, k, bias, hop.scale), q, k, bias)
         p = jnp.exp(own - lse)
         values, pull_values = jax.vjp(lambda v: repeat_heads(v, q.shape[2]), v)
         along = jnp.swapaxes(jnp.sum(do.astype(lse.dtype) * values.astype(lse.dtype), -1), 1, 2)

@@ -9,7 +9,7 @@ interval `[lo, hi)`, run `flash_attention` on the intervals, and put the outputs
 The orders are per batch element and per head. A query that may see no key gives 0.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,17 +51,15 @@ def attend(
             f"q, k and v have [B, T, H] {q.shape[:3]}, {k.shape[:3]}, {v.shape[:3]}: every query "
             "head orders its own keys, so all three must agree (repeat grouped keys first)"
         )
-    o = flash_attention(
+    ordered = (
         move(q, plan.q_source, plan.q_slot),
         move(k, plan.k_source, plan.k_slot),
         move(v, plan.k_source, plan.k_slot),
-        causal=False,
-        lo=plan.lo,
-        hi=plan.hi,
-        scale=scale,
-        backend=backend,
     )
-    return move(o, plan.q_slot, plan.q_source)
+    o = flash_attention(
+        *ordered, causal=False, lo=plan.lo, hi=plan.hi, scale=scale, backend=backend
+    )
+    return move(cast(Array, o), plan.q_slot, plan.q_source)
 
 
 def _places(rows: int) -> int:
@@ -208,7 +206,8 @@ def plan_hash(
     if k_hashes is None:
         q_slot, lo, hi = k_slot, k_first, k_slot
     else:
-        q_slot = sum(_bucket_places(q_codes, q_codes, num_buckets))
+        q_first, q_earlier = _bucket_places(q_codes, q_codes, num_buckets)
+        q_slot = q_first + q_earlier
         lo, earlier = _bucket_places(q_codes, k_codes, num_buckets)
         hi = lo + earlier
     if not strict:
@@ -267,10 +266,8 @@ def hash_sparse_attention(
         raise ValueError(f"{tied=} takes {'one array of' if tied else 'a pair of'} hashes")
     if num_buckets * q.shape[1] >= 2**31:
         raise ValueError(f"{num_buckets=} times length {q.shape[1]} must fit int32")
-    if key is None and isinstance(hashes, tuple):
-        q_hashes, k_hashes = hashes
-    elif key is None and hashes is not None:
-        q_hashes, k_hashes = hashes, None
+    if key is None and hashes is not None:
+        q_hashes, k_hashes = hashes if isinstance(hashes, tuple) else (hashes, None)
     elif key is None or hashes is not None:
         raise ValueError("give exactly one of key and hashes")
     else:

@@ -7,6 +7,7 @@ must not be longer than the product of its dimensions.
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def dominance_attention(
         view, q_r, k_r = _view(q, k, stride, size, positions, frequencies)
         k_r = repeat_heads(k_r, v.shape[2])
         o = flash_attention(*map(view.fold, (q_r, k_r, v)), scale=scale, backend=backend)
-        v = view.unfold(o, q.shape[0])
+        v = view.unfold(cast(Array, o), q.shape[0])
     return v
 
 
@@ -119,7 +120,8 @@ def hierarchical_attention(
         o_i = view.unfold(earlier, batch)
         o, lse = merge(o, lse, o_i, view.unfold_rows(lse_i, batch))
         if i < len(fibres) - 1:
-            values = view.unfold(flash_attention(*folded, causal=False, **options), batch)
+            whole = flash_attention(*folded, causal=False, **options)
+            values = view.unfold(cast(Array, whole), batch)
     return o.astype(q.dtype)
 
 

@@ -1,7 +1,7 @@
 """Attention with tied queries and keys: dense, hash-sparse and with dropped queries and keys."""
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,7 @@ class TiedAttention(nnx.Module):
     def _attend(self, q: Array, k: Array, v: Array, doc_start: Array | None) -> Array:
         def operator(q: Array, k: Array, v: Array, doc_start: Array | None) -> Array:
             lo = None if doc_start is None else jnp.maximum(doc_start, 0)
-            return flash_attention(q, k, v, lo=lo)
+            return cast(Array, flash_attention(q, k, v, lo=lo))
 
         return self._sharded(operator, (), q, k, v, doc_start)
 
@@ -249,7 +249,7 @@ class DropAttention(TiedAttention):
         return keep[:, :, 0], keep[:, :, 1]
 
     def _codes(self, q, start):
-        keep_q, keep_k = self._keep(*q.shape[:2], start)
+        keep_q, keep_k = self._keep(q.shape[0], q.shape[1], start)
         return drop_codes(keep_q, DROPPED_QUERY), drop_codes(keep_k, DROPPED_KEY)
 
     def _attend(self, q, k, v, doc_start):

@@ -154,18 +154,19 @@ class TensorizedAttention(nnx.Module):
 
     def _attend(self, q, k, v, doc_start):
         order = self.order if self.variant in ("mixed_radix", "dominance") else None
-        options = {"dims": self.dims, "variant": self.variant, "order": order}
 
         def operator(q, k, v, doc_start, bias, frequencies):
             return tensorized_attention(
                 q,
                 k,
                 v,
-                doc_start=doc_start,
-                self_bias=bias,
-                frequencies=frequencies,
+                dims=self.dims,
+                variant=self.variant,
+                order=order,
                 positions=self.positions,
-                **options,
+                frequencies=frequencies,
+                self_bias=bias,
+                doc_start=doc_start,
             )
 
         heads, bias, row = self._specs()
