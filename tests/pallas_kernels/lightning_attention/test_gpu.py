@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import re
 
 import jax
@@ -27,12 +28,15 @@ SPLIT = GpuTiles(segments=2, workers=2, stages=2)
 @contextlib.contextmanager
 def device():
     """The GPU if there is one, else the interpreter of its kernels."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.numpy_dtype_promotion("strict"))
-        if not ON_GPU:
-            params = plgpu.InterpretGPUParams(detect_races=True)
-            stack.enter_context(plgpu.force_gpu_interpret_mode(params))
-        yield
+    with jax.numpy_dtype_promotion("strict"):
+        if ON_GPU:
+            yield
+            return
+        params = plgpu.InterpretGPUParams(detect_races=True)
+        printed = contextlib.redirect_stdout(io.StringIO())
+        with plgpu.force_gpu_interpret_mode(params), printed as out:
+            yield
+        assert "RACE" not in out.getvalue(), out.getvalue()
 
 
 def check(case: Case, documents: jax.Array | None = None, tiles: GpuTiles | None = None):
