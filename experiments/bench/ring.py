@@ -92,12 +92,13 @@ def without(part: str) -> ExitStack:
         stack.enter_context(mock.patch.object(ring.lax, "ppermute", stay))
     if part == "communication":
 
-        def forward(q: Array, k: Array, v: Array, *, carry: Any = None, **_: Any) -> Any:
-            if carry is None:
-                o = jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32)
-                carry = o, jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-            carry = unify_varying(carry, varying_axes(q))
-            return lax.optimization_barrier((carry, k, v))[0]
+        def forward(q: Array, k: Array, v: Array, *, out_dtype: Any = None, **how: Any) -> Any:
+            o, lse = how.get("carry") or (
+                jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32),
+                jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
+            )
+            o, lse = unify_varying((o.astype(out_dtype or o.dtype), lse), varying_axes(q))
+            return lax.optimization_barrier(((o, lse), k, v))[0]
 
         def backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:
             gradients = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
