@@ -12,7 +12,9 @@ from longctx.nn.mlp import GLU, MLP
 from longctx.nn.norm import LayerNorm, RMSNorm, SRMSNorm, make_norm
 from longctx.nn.position import LRPE, RopeScaling, rope_frequencies, token_positions
 from longctx.nn.sharding import Axes
+from longctx.nn.sparse import DropAttention, HashAttention, TiedAttention
 from longctx.nn.stack import Block, Mixer, Segment, Stack
+from longctx.nn.tensorized import TensorizedAttention
 
 __all__ = [
     "GLU",
@@ -22,7 +24,9 @@ __all__ = [
     "Block",
     "Cache",
     "Constant",
+    "DropAttention",
     "Embedding",
+    "HashAttention",
     "LayerNorm",
     "LightningAttention",
     "Linear",
@@ -34,6 +38,8 @@ __all__ = [
     "Segment",
     "SelfAttention",
     "Stack",
+    "TensorizedAttention",
+    "TiedAttention",
     "chunked_cross_entropy",
     "make_norm",
     "rope_frequencies",
