@@ -80,7 +80,8 @@ def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: Tiles | None = None):
     del tiles
     o, lse = attention(q, k, v, lo, hi, spec)
     if carry is not None:
-        o, lse = merge(*carry, o, lse)
+        before, lse_before = carry
+        o, lse = merge(before, lse_before, o, lse)
     return o.astype(spec.out_dtype), lse
 
 

@@ -67,7 +67,8 @@ def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: TpuTiles | None = None):
     )
     o, lse = o.transpose(0, 3, 1, 2), lse[:, :, 0]
     if carry is not None:
-        o, lse = merge(*carry, o, lse)
+        before, lse_before = carry
+        o, lse = merge(before, lse_before, o, lse)
     return o.astype(spec.out_dtype), lse
 
 
@@ -313,7 +314,8 @@ def _launch(
         kernel(spec, tile, *refs[len(limits) :])
 
     results = [result(*output) for output in outputs]
-    pairs = spec.batch * spec.q_heads * spec.q_length * min(spec.kv_length, spec.window or math.inf)
+    pairs = spec.q_length * min(spec.kv_length, spec.window or spec.kv_length)
+    pairs *= spec.batch * spec.q_heads
     pairs //= 2 if spec.causal else 1
     out = pl.pallas_call(
         body,

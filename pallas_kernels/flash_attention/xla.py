@@ -98,10 +98,10 @@ def bwd(
     walk = _Walk(spec, tiles, lo, hi)
     axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *(accumulate or ()))
     if accumulate is None:
-        dk_v = tuple(jnp.zeros(x.shape, spec.wide) for x in (k, v))
+        dk, dv = (jnp.zeros(x.shape, spec.wide) for x in (k, v))
     else:
-        dk_v = accumulate[1:]
-    dk_v = unify_varying(tuple(walk.keys(x) for x in dk_v), axes)
+        _, dk, dv = accumulate
+    dk_v = unify_varying((walk.keys(dk), walk.keys(dv)), axes)
     q, do, k, v = walk.rows(q), walk.rows(do.astype(v.dtype)), walk.keys(k), walk.keys(v)
     # A row without keys has lse -inf; all of its scores are masked, whatever is subtracted.
     lse = walk.rows(jnp.where(lse == -jnp.inf, 0.0, lse), axis=2)
@@ -126,9 +126,9 @@ def bwd(
 
         shape = (spec.batch, walk.tiles.q, spec.kv_heads, spec.group, spec.key_width)
         dq = unify_varying(jnp.zeros(shape, spec.wide), axes)
-        dq, *dk_v = lax.fori_loop(walk.start[i], walk.stop[i], key_tile, (dq, *dk_v))
+        dq, dk, dv = lax.fori_loop(walk.start[i], walk.stop[i], key_tile, (dq, *dk_v))
         dq = walk.join_heads(dq)
-        return tuple(dk_v), dq if accumulate is not None else dq.astype(spec.out_dtype)
+        return (dk, dv), dq if accumulate is not None else dq.astype(spec.out_dtype)
 
     dk_v, dq = lax.scan(row_tile, dk_v, jnp.arange(walk.count, dtype=jnp.int32))
     dq, (dk, dv) = walk.join_rows(dq), (x[:, : spec.kv_length] for x in dk_v)
