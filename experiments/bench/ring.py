@@ -25,6 +25,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -59,9 +60,12 @@ def attend(case: Case, devices: int) -> Callable[..., Any]:
         return functools.partial(
             jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
         )
-    ranks = {"ulysses": 1, "usp": devices // 2}.get(case.name, devices)
-    layout = Layout("zigzag", ranks)
-    return functools.partial(context_attention, strategy=case.name, layout=layout)
+    return functools.partial(context_attention, strategy=case.name, layout=layout_of(case, devices))
+
+
+def layout_of(case: Case, devices: int) -> Layout:
+    """The layout in which a strategy has equal work on all devices."""
+    return Layout("zigzag", {"ulysses": 1, "usp": devices // 2}.get(case.name, devices))
 
 
 def program(case: Case, devices: int) -> Callable[..., Any]:
@@ -170,6 +174,7 @@ def measure(options: argparse.Namespace, devices: int) -> Iterator[dict[str, Any
     """One row per program, with its share of the ideal."""
     todo = list(cases(options, devices))
     compiling = compile_all(todo, devices, dict(options.xla))
+    concurrent.futures.wait(compiling.values())  # compiling would disturb what is timed
     mesh = make_mesh(seq=devices)
     times: dict[Case, float] = {}
     for case in todo:
@@ -186,11 +191,29 @@ def measure(options: argparse.Namespace, devices: int) -> Iterator[dict[str, Any
         if not one and case.part == "full":
             row["ideal_ms"] = min(single) / devices
             row["of_ideal"] = row["ideal_ms"] / times[case]
+            if options.check and case.which == "forward_backward":
+                ours = compiling[case._replace(name="one device: ours")].result()
+                row["errors"] = errors(case, compiling[case].result(), ours, mesh)
         if case.part == "communication":
             full, compute = (times[case._replace(part=p)] for p in ("full", "compute"))
             hidden = compute + times[case] - full
             row["overlap"] = hidden / min(compute, times[case])
         yield row
+
+
+def errors(
+    case: Case, sharded: Callable[..., Any], single: Callable[..., Any], mesh: jax.sharding.Mesh
+) -> list[float]:
+    """Relative RMS differences of o, dq, dk, dv to one device's, from the same operands."""
+    layout, args = layout_of(case, mesh.size), operands(case, mesh)
+
+    def in_order(x: Array) -> np.ndarray:
+        return layout.invert(np.asarray(x))
+
+    got = [in_order(x).astype(np.float32) for x in sharded(*args)]
+    want = [np.asarray(x, np.float32) for x in single(*map(jnp.asarray, map(in_order, args)))]
+    pairs = zip(got, want, strict=True)
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
 
 
 def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
@@ -226,6 +249,7 @@ def main() -> None:
     parser.add_argument("--heads", type=heads_pair, nargs="+", default=[(16, 16)])
     parser.add_argument("--strategies", nargs="+", default=["ring", "all_gather", "ulysses", "usp"])
     parser.add_argument("--no-parts", dest="parts", action="store_false", help="full runs only")
+    parser.add_argument("--check", action="store_true", help="compare with one device, too")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument(
         "--xla", type=lambda x: tuple(x.split("=", 1)), nargs="*", default=[], metavar="NAME=VALUE"
@@ -237,6 +261,7 @@ def main() -> None:
     for row in measure(options, len(jax.devices())):
         rows.append(row)
         share = f"{row['of_ideal']:7.1%} of ideal" if "of_ideal" in row else ""
+        share += f" errors {max(row['errors']):.1e}" if "errors" in row else ""
         share += f" overlap {row['overlap']:.1%}" if "overlap" in row else ""
         size = f"{row['length']:7} {row['heads']}:{row['kv_heads']}"
         print(f"{size} {row['which']:16} {row['name']:17} {row['part']:13}", end=" ")
