@@ -93,7 +93,7 @@ def backward_keys(
             len(arrays) :
         ]
         k_smem, v_smem = own_smem
-        q_smem, lse_smem, do_smem, delta_smem = rings
+        q_smem, lse_smem, delta_smem, do_smem = rings
         kv_full, q_full, do_full = full
         q_empty, do_empty = empty
         index = lax.axis_index("group") * heads_per_group + lax.axis_index("head")
@@ -137,12 +137,12 @@ def backward_keys(
                 ready = q_full.at[slot]
                 plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[slot], ready)
                 plgpu.copy_gmem_to_smem(lse_gmem.at[b, h, rows], lse_smem.at[slot], ready)
+                if with_ds:
+                    plgpu.copy_gmem_to_smem(delta_gmem.at[b, h, rows], delta_smem.at[slot], ready)
                 slot = lax.rem(n, do_stages)
                 pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[slot]))
                 ready = do_full.at[slot]
                 plgpu.copy_gmem_to_smem(do_gmem.at[b, rows, h], do_smem.at[slot], ready)
-                if with_ds:
-                    plgpu.copy_gmem_to_smem(delta_gmem.at[b, h, rows], delta_smem.at[slot], ready)
                 return state
 
             steps, _ = walk(load, None)
@@ -202,16 +202,17 @@ def backward_keys(
                     return p, t
 
                 def score_gradients(s_acc, dp_acc):
-                    delta = per_column(plgpu.load(delta_smem.at[do_slot], layout=PER_COLUMN), shape)
+                    delta = per_column(plgpu.load(delta_smem.at[slot], layout=PER_COLUMN), shape)
                     if interpret is None:  # the sum starts from -delta: fewer registers
                         dp_acc[...] = -delta
                     plgpu.wgmma(dp_acc, v_smem.at[warpgroup], do_tile.transpose((1, 0)))
                     p, t = probabilities(s_acc, 1)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1 if with_dv else 0)
+                    ds = p * (dp if interpret is None else dp - delta)
+                    ds = (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
                     if not with_dv:
                         plgpu.barrier_arrive(do_empty.at[do_slot])
-                    ds = p * (dp if interpret is None else dp - delta)
-                    return (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
+                    return ds
 
                 def multiply(s_acc):
                     if dq is None:
@@ -285,15 +286,15 @@ def backward_keys(
             (
                 operand(stages, tiles.q, width),
                 numbers(stages, tiles.q),
+                numbers(stages, tiles.q) if with_ds else None,
                 operand(do_stages, tiles.q, value_width),
-                numbers(do_stages, tiles.q) if with_ds else None,
             ),
             None if dq is None else operand(2, warpgroups, halves, ROWS, ROWS),
             None if dq is None else numbers(warpgroups, *dq_shape, transforms=SWIZZLED_FLOAT32),
             (
                 plgpu.Barrier(num_arrivals=2 if with_ds else 1, num_barriers=warpgroups),
-                plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=2 if with_ds else 1, num_barriers=do_stages),
+                plgpu.Barrier(num_arrivals=3 if with_ds else 2, num_barriers=stages),
+                plgpu.Barrier(num_barriers=do_stages),
             ),
             tuple(
                 plgpu.Barrier(num_arrivals=warpgroups, num_barriers=n) for n in (stages, do_stages)

@@ -49,7 +49,8 @@ def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
     """Both passes against the definition; with `blocks` they continue and add to float32."""
     q, k, v = args
     options = {"causal": True, "window": None, "q_offset": 0, "scale": None, "soft_cap": None}
-    spec = make_spec(q, k, v, lo, *(options | mask).values(), True)
+    # The interpreter has deterministic kernels only; on a GPU that is another test's part.
+    spec = make_spec(q, k, v, lo, *(options | mask).values(), not ON_GPU)
     wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
     keys = iter(jax.random.split(jax.random.key(7), 8))
     do = jax.random.normal(next(keys), (*q.shape[:3], v.shape[3])).astype(q.dtype)
@@ -59,20 +60,28 @@ def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
         lse = jax.random.normal(next(keys), (q.shape[0], q.shape[2], q.shape[1]))
         carry = jax.random.normal(next(keys), do.shape), lse
         sums = tuple(jax.random.normal(next(keys), x.shape) for x in args)
-    exact = [x.astype(jnp.float32) for x in args]
-    o, lse = reference.fwd(*exact, lo, hi, carry, spec=wide)
-    delta = jnp.einsum("bthe,bthe->bht", o, do.astype(jnp.float32))
-    rest = lo, hi, do, lse, delta, sums
-    run = {"spec": spec, "tiles": tiles}
-    if not ON_GPU:
-        run["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+
+    @jax.jit  # on the CPU: a GPU would tune each of its products
+    def wanted(args, do):
+        q, k, v, do = (x.astype(jnp.float32) for x in (*args, do))
+        o, lse = reference.fwd(q, k, v, lo, hi, carry, spec=wide)
+        delta = jnp.einsum("bthe,bthe->bht", o, do)
+        return o, lse, delta, reference.bwd(q, k, v, lo, hi, do, lse, delta, sums, spec=wide)
+
+    @jax.jit
+    def found(args, do, lse, delta):
+        with jax.numpy_dtype_promotion("strict"):
+            out = gpu.fwd(*args, lo, hi, carry, spec=spec, tiles=tiles, **run)
+            rest = lo, hi, do, lse, delta, sums
+            return *out, gpu.bwd(*args, *rest, spec=spec, tiles=tiles, **run)
+
+    o, lse, delta, gradients = wanted(*jax.device_put((args, do), jax.devices("cpu")[0]))
+    *out, grads = found(args, do, *jax.device_put((lse, delta), jax.devices()[0]))
     value, gradient = TOLERANCE[q.dtype]
-    with jax.numpy_dtype_promotion("strict"):
-        assert_close(gpu.fwd(*args, lo, hi, carry, **run), (o, lse), value)
-        found = gpu.bwd(*args, *rest, **run)
-    want = reference.bwd(*exact, *rest[:2], do.astype(jnp.float32), *rest[3:], spec=wide)
-    assert all(x.dtype == spec.out_dtype for x in found)
-    assert_close(found, want, gradient, "gradient")
+    assert_close(out, (o, lse), value)
+    assert all(x.dtype == spec.out_dtype for x in grads)
+    assert_close(grads, gradients, gradient, "gradient")
 
 
 half = functools.partial(inputs, dtype=jnp.bfloat16)
@@ -93,29 +102,46 @@ def test_interpreted_intervals_continuing_and_adding(capfd):
 
 
 @needs_gpu
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
-@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 256), (64, 128), (192, 24)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(
+    ("widths", "heads", "dtype"),
+    [
+        ((64, 64), (4, 4), jnp.bfloat16),
+        ((128, 128), (4, 1), jnp.bfloat16),
+        ((256, 256), (4, 2), jnp.float16),
+        ((64, 128), (2, 2), jnp.float16),
+        ((192, 24), (2, 1), jnp.bfloat16),
+    ],
+)
 def test_on_gpu(widths, heads, dtype):
     args = inputs(2, 500, 700, *heads, *widths, dtype=dtype)
     lo, hi = random_intervals((2, 1, 500), 700)
     tiles = GPU_TILES[next(w for w in GPU_TILES if w >= max(widths))]
-    for limits in ((None, None), (lo, hi)):
-        check_passes(args, *limits, tiles=tiles, q_offset=200, blocks=True)
+    check_passes(args, tiles=tiles, q_offset=200, window=300, soft_cap=5.0)
+    check_passes(args, lo, hi, tiles=tiles, q_offset=100, blocks=True)
+
     value, gradient = TOLERANCE[args[0].dtype]
-    for mask in ({"window": 300}, {"lo": lo[:, 0], "hi": hi[:, 0], "causal": False}):
-        run = functools.partial(flash_attention, return_lse=True, backend="gpu", **mask)
-        check_op(  # two runs equal bit by bit
-            functools.partial(run, deterministic=True),
-            functools.partial(definition, **mask),
-            args,
-            wrt=(0, 1, 2),
-            tolerance=value,
-            grad_tolerance=gradient,
-        )
-        sums = jax.jit(jax.grad(lambda *x, run=run: jnp.square(run(*x)[0]).sum(), (0, 1, 2)))
-        exact = jax.grad(lambda *x, m=mask: jnp.square(definition(*x, **m)[0]).sum(), (0, 1, 2))
-        assert_close(sums(*args), exact(*(x.astype(jnp.float32) for x in args)), 2 * gradient)
+    run = functools.partial(flash_attention, return_lse=True, backend="gpu")
+    check_op(  # two runs equal bit by bit
+        functools.partial(run, deterministic=True),
+        definition,
+        args,
+        wrt=(0, 1, 2),
+        tolerance=value,
+        grad_tolerance=gradient,
+    )
+
+
+@needs_gpu
+def test_one_row_and_batching():
+    args = inputs(1, 1, 1, 1, 1, 40, dtype=jnp.bfloat16)
+    check_passes(args, tiles=GPU_TILES[64])
+    args = inputs(3, 300, dtype=jnp.bfloat16)
+
+    def gradients(q, k, v):
+        return jax.vjp(flash_attention, q[None], k[None], v[None])[1](q[None])
+
+    together = jax.vmap(gradients)(*args)
+    assert_close(together[0][1], gradients(*(x[1] for x in args))[0], 1e-3)
 
 
 def test_refusals():
