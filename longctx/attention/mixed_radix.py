@@ -32,7 +32,8 @@ class Hop:
     """Attention to the last `window` tokens of those `stride` apart, itself included.
 
     `window` None means all. By "digit", RoPE sees the distance between two tokens divided by
-    the stride, which stays below the window; by "global" their distance.
+    the stride, which stays below the window; by "global" their distance, counted with neighbours
+    `spacing` apart (more than 1 where a device holds every so-many-th token).
     """
 
     stride: int
@@ -40,6 +41,7 @@ class Hop:
     positions: Positions = "digit"
     scale: float = 1.0
     backend: str = "auto"
+    spacing: int = 1
 
     def rotated(
         self,
@@ -50,8 +52,8 @@ class Hop:
         """`x` as this hop sees it at token `positions`."""
         if frequencies is None:
             return x
-        if self.positions == "digit":
-            positions = positions // self.stride
+        by_digit = self.positions == "digit"
+        positions = positions // self.stride if by_digit else positions * self.spacing
         return rope(positions, frequencies, x)[0]
 
 

@@ -12,6 +12,7 @@ from longctx.attention.mixed_radix import Dims, Order, Positions, make_hops
 from longctx.attention.slots import append
 from longctx.attention.tensorized import Variant, tensorized_attention
 from longctx.attention.tensorized_cache import ring_lengths, tensorized_cache_attention
+from longctx.attention.tensorized_shards import sharded_mixed_radix
 from longctx.nn.cache import Cache, check_cached_call
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.norm import RMSNorm
@@ -25,7 +26,9 @@ class TensorizedAttention(nnx.Module):
 
     y = tensorized_attention(q, k, v) Wo; projections, RoPE and modes are those of
     `SelfAttention`, whose weights it takes unchanged. The cache holds keys (not rotated), values,
-    and for every hop but the first a ring of the values it reads.
+    and for every hop but the first a ring of the values it reads. Where `axes.seq` splits sequences,
+    the fast hop exchanges a halo and the slow hops an all-to-all over residues
+    (`sharded_mixed_radix` says what must divide what).
 
     Args:
       width: of the model, M.
@@ -113,11 +116,11 @@ class TensorizedAttention(nnx.Module):
         """Mix tokens. `positions` mean nothing here: hops count distances themselves."""
         del positions  # part of the signature all mixers share
         check_cached_call(cache, lengths, doc_start)
-        devices, _ = sequence_axis(self.axes.seq)
-        if devices > 1:
+        devices, inside = sequence_axis(self.axes.seq)
+        if devices > 1 and (cache is not None or self.variant != "mixed_radix"):
             raise NotImplementedError(
-                f"TensorizedAttention needs whole sequences, and axis {self.axes.seq!r} splits "
-                f"them over {devices} devices: use a mesh with seq=1"
+                f"axis {self.axes.seq!r} splits sequences over {devices} devices: there "
+                "TensorizedAttention computes variant 'mixed_radix' without a cache only"
             )
         B, T, _ = x.shape
         kv = self.key_value(x)
@@ -125,7 +128,9 @@ class TensorizedAttention(nnx.Module):
         k, v = (kv[..., i, :].reshape(B, T, self.kv_heads, self.head_dim) for i in range(2))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        if cache is None:
+        if devices > 1:
+            o = self._attend_sharded(q, k, v, doc_start, T * devices if inside else T)
+        elif cache is None:
             o = self._attend(q, k, v, doc_start)
         else:
             new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
@@ -173,6 +178,26 @@ class TensorizedAttention(nnx.Module):
         specs = (heads, heads, heads, row, bias, P(None))
         args = (q, k, v, doc_start, self._bias(), self._frequencies())
         return shard_operator(operator, specs, heads)(*args)
+
+    def _attend_sharded(self, q, k, v, doc_start, length):
+        hops, axis = self._hops(length), self.axes.seq
+
+        def operator(q, k, v, doc_start, bias, frequencies):
+            return sharded_mixed_radix(
+                q,
+                k,
+                v,
+                hops=hops,
+                axis=axis,
+                frequencies=frequencies,
+                self_bias=bias,
+                doc_start=doc_start,
+            )
+
+        rows = P(self.axes.batch, axis, self.axes.tensor, None)
+        specs = (rows, rows, rows, P(self.axes.batch, axis), self._specs()[1], P(None))
+        args = (q, k, v, doc_start, self._bias(), self._frequencies())
+        return shard_operator(operator, specs, rows)(*args)
 
     def _attend_cached(self, q, keys, values, rings, start, new):
         hops = self._hops(keys.shape[1])

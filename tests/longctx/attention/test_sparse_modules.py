@@ -93,6 +93,18 @@ def test_one_mesh_equals_one_device_and_a_split_sequence_is_refused():
         module(x)
 
 
+@pytest.mark.parametrize(
+    "kind, options", [(HashAttention, {"num_buckets": 4}), (DropAttention, {"drop": 0.4})]
+)
+def test_in_linen(kind, options):
+    module = nnx.bridge.to_linen(kind, WIDTH, HEADS, HEAD_DIM, **options)
+    variables = module.init(jax.random.key(1), tokens())
+    full, _ = jax.jit(module.apply)(variables, tokens())
+    cache = module.apply(variables, 2, LENGTH, nnx_method="init_cache")
+    y, _ = jax.jit(module.apply)(variables, tokens(), cache)
+    assert_close(y, full, 1e-5)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="drop"):
         DropAttention(WIDTH, HEADS, HEAD_DIM, drop=1.0, rngs=nnx.Rngs(0))

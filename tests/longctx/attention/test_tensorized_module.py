@@ -55,6 +55,15 @@ def test_prefill_and_decode_equal_the_full_pass(options):
         assert_close(y, want, 1e-5)
 
 
+def test_in_linen():
+    module = nnx.bridge.to_linen(TensorizedAttention, WIDTH, HEADS, HEAD_DIM, dims=(8, 8))
+    variables = module.init(jax.random.key(1), tokens())
+    full, _ = jax.jit(module.apply)(variables, tokens())
+    cache = module.apply(variables, 2, LENGTH, nnx_method="init_cache")
+    y, _ = jax.jit(module.apply)(variables, tokens(), cache)
+    assert_close(y, full, 1e-5)
+
+
 def test_slow_first_keeps_a_ring_of_the_fast_window():
     *_, rings = make().init_cache(2, LENGTH).memory
     assert [ring.shape for ring in rings] == [(2, 8, HEADS, HEAD_DIM)]
@@ -73,21 +82,43 @@ def test_starts_as_dense_attention_on_the_first_window():
     assert np.abs(got[:, 16:] - want[:, 16:]).max() > 1e-2
 
 
-def test_on_a_mesh_equals_one_device_and_a_split_sequence_is_refused():
-    module, x = make(), tokens(batch=4)
+@pytest.mark.parametrize(
+    "mesh, options",
+    [
+        ({"data": 2, "tensor": 2}, {}),
+        ({"data": 2, "seq": 2}, {"positions": "global"}),
+        ({"seq": 4}, {"dims": (4, 2, None), "order": "fast_first"}),
+    ],
+)
+def test_devices_equal_one_device(mesh, options):
+    """Whole sequences or parts of them, packed documents, values and all gradients."""
+    module, x = make(**options), tokens(batch=4, length=64)
+    starts = jnp.where(jnp.arange(64) < 23, 0, 23)
+    doc_start = jnp.stack([jnp.zeros(64, jnp.int32), starts, starts, starts])
 
-    def loss(module, x):
-        return jnp.sum(module(x)[0] ** 2)
+    def loss(module, x, doc_start):
+        y, _ = module(x, doc_start=doc_start)
+        return jnp.sum(y**2), y
 
-    grad = nnx.jit(nnx.grad(loss))
-    want, want_grads = run(module, x)[0], grad(module, x)
-    with jax.set_mesh(make_mesh(data=2, tensor=2)):
-        got, grads = run(module, x)[0], grad(module, x)
+    grad = nnx.jit(nnx.grad(loss, has_aux=True))
+    want_grads, want = grad(module, x, doc_start)
+    with jax.set_mesh(make_mesh(**mesh)):
+        grads, got = grad(module, x, doc_start)
     assert_close(got, want, 1e-5)
     assert_close(grads, want_grads, 1e-5)
     assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(grads))
-    with jax.set_mesh(make_mesh(seq=2)), pytest.raises(NotImplementedError, match="seq"):
-        module(x)
+
+
+def test_what_a_split_sequence_cannot_do_is_said():
+    x = tokens(length=64)
+    with jax.set_mesh(make_mesh(seq=4)):
+        module = make()
+        with pytest.raises(NotImplementedError, match="cache"):
+            module(x, module.init_cache(2, 64))
+        with pytest.raises(ValueError, match="fastest dimension"):
+            make(dims=(32, None), order="fast_first")(x)
+        with pytest.raises(ValueError, match="stride"):
+            make(dims=(6, None))(x)
 
 
 def test_refuses():
