@@ -26,8 +26,8 @@ class TensorizedAttention(nnx.Module):
 
     y = tensorized_attention(q, k, v) Wo; projections, RoPE and modes are those of
     `SelfAttention`, whose weights it takes unchanged. The cache holds keys (not rotated), values,
-    and for every hop but the first a ring of the values it reads. Where `axes.seq` splits sequences,
-    the fast hop exchanges a halo and the slow hops an all-to-all over residues
+    and for every hop but the first a ring of the values it reads. Where `axes.seq` splits
+    sequences, the fast hop exchanges a halo and the slow hops an all-to-all over residues
     (`sharded_mixed_radix` says what must divide what).
 
     Args:
@@ -181,6 +181,7 @@ class TensorizedAttention(nnx.Module):
 
     def _attend_sharded(self, q, k, v, doc_start, length):
         hops, axis = self._hops(length), self.axes.seq
+        assert axis is not None  # since it splits the sequence
 
         def operator(q, k, v, doc_start, bias, frequencies):
             return sharded_mixed_radix(
