@@ -84,11 +84,16 @@ def mean_tiles(plan: sparse.Plan) -> float:
     return float(sparse.visited_tiles(plan, TILE).mean())
 
 
-def compare(batch: int, length: int) -> Iterator[dict[str, Any]]:
-    """One row per operator; ratios are to the first, cuDNN where there is a GPU."""
+def compare(batch: int, length: int, only: str) -> Iterator[dict[str, Any]]:
+    """One row per operator; ratios are to the first, cuDNN where there is a GPU.
+
+    Beside the first, operators whose name lacks `only` are left out.
+    """
     q, k, v, do = inputs(batch, length)
     dense = None
     for name, operator, rest, tiles in operators(batch, length):
+        if dense is not None and only not in name:
+            continue
         forward = time_ms(jax.jit(operator), q, k, v, *rest)
         total = time_ms(both(operator), q, k, v, do, *rest)
         dense = dense or (forward, total)
@@ -143,15 +148,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="batch x length")
+    parser.add_argument("--only", default="", help="names of operators to time, as a substring")
     parser.add_argument("--parts", action="store_true", help="the pieces of a hash-sparse call")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     options = parser.parse_args()
-    name, measure = ("sparse_parts", pieces) if options.parts else ("sparse", compare)
+    name = "sparse_parts" if options.parts else "sparse"
     for length in options.lengths:
         batch = max(1, options.tokens // length)
         shape = {"batch": batch, "length": length, "heads": HEADS, "width": WIDTH}
         rows = []
-        for row in measure(batch, length):
+        measured = pieces(batch, length) if options.parts else compare(batch, length, options.only)
+        for row in measured:
             rows.append(shape | row)
             numbers = (f"{x:.3f}" if isinstance(x, float) else x for x in row.values())
             print(f"{batch} x {length}", *numbers, flush=True)
