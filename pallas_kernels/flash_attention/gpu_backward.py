@@ -153,7 +153,8 @@ def backward_keys(
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             first_key = tile * tiles.kv + warpgroup * ROWS
-            spares = {x: None if r is None else r.at[warpgroup] for x, r in spare.items()}
+            own_spare = (None if x is None else x.at[warpgroup] for x in spare)
+            spares = dict(zip(("p", "dk", "dv"), own_spare, strict=True))
             own_rows = warpgroup if split_rows else 0
             own_columns = pl.ds(0 if split_rows else warpgroup * dq_shape[1], dq_shape[1])
 
@@ -300,11 +301,13 @@ def backward_keys(
                 plgpu.Barrier(num_arrivals=warpgroups, num_barriers=n) for n in (stages, do_stages)
             ),
             None if dq is None else plgpu.Barrier(num_arrivals=warpgroups),
-            {
-                "p": None if interpret is None else operand(warpgroups, *shape),
-                "dk": None if interpret is None else numbers(warpgroups, ROWS, width),
-                "dv": None if interpret is None else numbers(warpgroups, ROWS, value_width),
-            },
+            (None, None, None)
+            if interpret is None
+            else (
+                operand(warpgroups, *shape),
+                numbers(warpgroups, ROWS, width),
+                numbers(warpgroups, ROWS, value_width),
+            ),
         ),
         grid=(batch * kv_heads // heads_per_group, kv_length // tiles.kv, heads_per_group),
         grid_names=("group", "tile", "head"),

@@ -53,14 +53,12 @@ def seen(
         rows = plgpu.broadcasted_iota(jnp.int32, (shape[row_axis],), 0, layout=layout)
         low, high = limits(spec, rows + row)
     else:
-        low, high = (
-            plgpu.load(
-                ref.at[*_at(ref, b, h), pl.ds(row, shape[row_axis])],
-                layout=layout,
-                optimized=False,
-            )
-            for ref in (visible.low, visible.high)
-        )
+
+        def read(ref: Any) -> jax.Array:
+            at = *_at(ref, b, h), pl.ds(row, shape[row_axis])
+            return plgpu.load(ref.at[*at], layout=layout, optimized=False)
+
+        low, high = read(visible.low), read(visible.high)
     keys = plgpu.broadcasted_iota(jnp.int32, shape, 1 - row_axis, layout=WGMMA) + key
     inside = keys < lax.broadcast_in_dim(high, shape, (row_axis,))
     if visible is not None or spec.window is not None:
