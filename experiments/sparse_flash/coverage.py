@@ -71,7 +71,7 @@ def _shares(length: int) -> Row:
         for n in np.bincount(head, minlength=BUCKETS)
     )
     # Row r of the sorted order sees, of the same keys, those of its chunk and the one before.
-    row = np.arange(length)
+    row = np.arange(plan.lo.shape[-1])
     first = np.maximum(np.asarray(plan.lo), (row // CHUNK - 1) * CHUNK)
     chunked = int(np.maximum(np.asarray(plan.hi) - first, 0).sum())
     return {"length": length, "hash": pairs / wanted, "chunks": chunked / wanted}
