@@ -58,7 +58,7 @@ def sharded(args, do, layout, devices, *, doc_start=None, mesh=None, **options):
     [
         ("all_gather", Layout("contiguous", 4), 0, {}),
         ("all_gather", Layout("zigzag", 4), 4, {}),
-        ("all_gather", Layout("zigzag", 2), 2, {}),
+        pytest.param("all_gather", Layout("zigzag", 2), 2, {}, marks=pytest.mark.slow),
         ("ring", Layout("zigzag", 4), 3, {}),
         ("ring", Layout("contiguous", 2), 0, {"data": 2, "tensor": 2}),
     ],
@@ -87,7 +87,7 @@ def test_any_documents(devices, kind, strategy, cuts, seed):
     assert_close(got, exact(args, do, doc_start), 5e-6)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_bfloat16_error_is_that_of_one_device(devices):
     args, do = operands(length=64, dtype=jnp.bfloat16)
     want = exact(args, do)

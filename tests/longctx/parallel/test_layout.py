@@ -17,7 +17,7 @@ def test_the_picture_in_the_docstring():
     assert as_layout("zigzag", 4) == Layout("zigzag", 4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=8, derandomize=True)
 @given(layouts, st.integers(1, 3), st.sampled_from([1, 2, 5]))
 def test_shards_hold_what_they_say(layout, pieces, per_piece):
     devices = layout.ranks * pieces
@@ -34,7 +34,7 @@ def test_shards_hold_what_they_say(layout, pieces, per_piece):
         held = np.asarray(layout.positions(length, devices, device))
         np.testing.assert_array_equal(held, layout.order(length).reshape(devices, -1)[device])
         assert (np.diff(held) > 0).all()
-        count = layout.count_before(jnp.asarray(probe), length, devices, device)
+        count = layout.count_before(probe, length, devices, device)
         np.testing.assert_array_equal(count, (held[:, None] < probe).sum(0))
 
 

@@ -99,7 +99,7 @@ def test_projections_and_replicated_weights():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("manual", [{"data"}, {"data", "tensor"}, set(AXES)])
+@pytest.mark.parametrize("manual", [{"data"}, set(AXES)])
 def test_inside_a_users_own_shard_map(axis_type, manual):
     args = operands()[:3]
     batch, heads = (axis if axis in manual else None for axis in ("data", "tensor"))

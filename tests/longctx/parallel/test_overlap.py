@@ -106,7 +106,9 @@ RING = functools.partial(context_attention, strategy="ring", layout="zigzag")
     ],
 )
 def test_ring_on_tpus(generation, devices):
-    compiled = compile_for(tpu_devices(generation, devices), RING, local=256)
+    # XLA leaves moves of a few microseconds where they are: 256 tokens are such in a long ring.
+    shape = {"local": 256} if devices == 4 else {"local": 4096, "heads": 4}
+    compiled = compile_for(tpu_devices(generation, devices), RING, **shape)
     assert_ring_is_hidden(verify_overlap(compiled), devices)
 
 
