@@ -45,7 +45,7 @@ def _time_line(what: str, rival: Row, ours: Row, key: str, name: str, headline: 
 
 
 def lightning(rows: Sequence[Row]) -> Iterator[Line]:
-    """Kernel times against flash-linear-attention and the byte floor; flatness by length."""
+    """Kernel times against flash-linear-attention and the byte floor; shares of the floor."""
     shapes = [r for r in rows if r["group"] == "shapes" and "forward_ms" in r]
     for ours in (r for r in shapes if r["implementation"] == "ours"):
         where = f"{ours['batch']} x {ours['length']}"
@@ -60,14 +60,44 @@ def lightning(rows: Sequence[Row]) -> Iterator[Line]:
             yield _time_line(f"{name}, {where}", fla, ours, key, "fla chunk_simple_gla", headline)
         floor = {**ours, "forward_ms": ours["forward_floor_ms"]}
         yield _time_line(f"forward, {where}", floor, ours, "forward_ms", "byte floor", False)
-    lengths = [r for r in rows if r["group"] == "lengths"]
-    if lengths:
-        first = lengths[0]["ns_per_token"]["both"]
-        for r in lengths[1:]:
-            here = r["ns_per_token"]["both"]
-            what = f"time per token, forward + backward, {r['length']} tokens"
-            rival = f"the same at {lengths[0]['length']}"
-            yield Line(what, rival, f"{first:.1f} ns", f"{here:.1f} ns", here / first, r)
+
+
+def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
+    """Time per token at fixed batch and heads, as the length grows."""
+    first, *later = [r for r in rows if r["group"] == "lengths"]
+    for r in later:
+        for key, name in (("forward", "forward"), ("both", "forward + backward")):
+            theirs, ours = (x[f"{key}_ns_per_token"] for x in (first, r))
+            what = f"time per token, {name}, {r['length']} tokens"
+            shown = [f"{ns:.1f} ns" for ns in (theirs, ours)]
+            yield Line(what, f"the same at {first['length']}", *shown, ours / theirs, r)
+
+
+def flash(rows: Sequence[Row]) -> Iterator[Line]:
+    """Kernel times against cuDNN's, through jax.nn, in the same process."""
+    timed = [r for r in rows if "forward_ms" in r]
+    for ours in (r for r in timed if r["implementation"] == "ours"):
+        shape = ("batch", "length", "heads", "kv_heads", "width", "window", "document")
+        rival = next(
+            (
+                r
+                for r in timed
+                if r["implementation"] == "cudnn" and all(r[n] == ours[n] for n in shape)
+            ),
+            None,
+        )
+        if rival is None:
+            continue
+        heads = (
+            ""
+            if ours["heads"] == ours["kv_heads"]
+            else f", heads {ours['heads']}:{ours['kv_heads']}"
+        )
+        window = f", window {ours['window']}" if ours["window"] else ""
+        where = f"D {ours['width']}, {ours['batch']} x {ours['length']}{heads}{window}"
+        for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+            headline = ours["group"] == "dense" and key == "both_ms"
+            yield _time_line(f"{name}, {where}", rival, ours, key, "cuDNN", headline)
 
 
 def by_operator(rival: str, names: Sequence[str]) -> Callable[[Sequence[Row]], Iterator[Line]]:
@@ -89,20 +119,25 @@ def by_operator(rival: str, names: Sequence[str]) -> Callable[[Sequence[Row]], I
 
 
 def training_speed(rows: Sequence[Row]) -> Iterator[Line]:
-    """Tokens per second of whole training steps: TNL against the Transformer of its size."""
+    """Tokens per second of whole training steps: flat in the length, and beside others'."""
+
+    def line(what: str, rival: str, theirs: float, row: Row, headline: bool = False) -> Line:
+        ours = row["tokens_per_second"]
+        shown = [f"{speed:,.0f} tokens/s" for speed in (theirs, ours)]
+        return Line(what, rival, *shown, ours / theirs, row, headline)
+
     speed = {(r["model"], r["length"]): r for r in rows}
-    for length in sorted({r["length"] for r in rows}):
-        ours, theirs = speed["TNL", length], speed["Transformer", length]
-        mine, other = ours["tokens_per_second"], theirs["tokens_per_second"]
-        yield Line(
-            f"training, 385M, sequences of {length}",
-            "our softmax Transformer",
-            f"{other:,.0f} tokens/s",
-            f"{mine:,.0f} tokens/s",
-            mine / other,
-            ours,
-            True,
-        )
+    lengths = sorted({r["length"] for r in rows})
+    for length in lengths:
+        row, what = speed["TNL", length], f"training, 385M, sequences of {length}"
+        if length > lengths[0]:
+            first = speed["TNL", lengths[0]]["tokens_per_second"]
+            yield line(what, f"the same at {lengths[0]}", first, row, headline=True)
+        if row["paper"]:
+            yield line(what, "the paper's, one of two A100", row["paper"], row)
+        if ("Transformer", length) in speed:
+            other = speed["Transformer", length]["tokens_per_second"]
+            yield line(what, "our softmax Transformer", other, row, headline=True)
 
 
 def ablation(rows: Sequence[Row]) -> Iterator[Line]:
@@ -124,6 +159,18 @@ SECTIONS = [
         "Constant time per token at any length (2401.04658), faster than every peer.",
         BENCH / "lightning_gpu.jsonl",
         lightning,
+    ),
+    Section(
+        "Lightning attention by length",
+        "Time per token does not depend on the length (2401.04658).",
+        BENCH / "lightning_gpu_lengths.jsonl",
+        lightning_lengths,
+    ),
+    Section(
+        "Flash attention over intervals",
+        "Dense causal attention as fast as cuDNN's. Other processes shared this GPU meanwhile.",
+        BENCH / "flash_shared_gpu.jsonl",
+        flash,
     ),
     Section(
         "TransNormerLLM: training speed",
