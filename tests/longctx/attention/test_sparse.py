@@ -72,9 +72,9 @@ def check(function, mask, args, tolerance=2e-6):
         (130, True, True, False),
         (130, False, False, True),
         (15, True, False, True),
-        (15, False, True, False),
+        pytest.param(15, False, True, False, marks=pytest.mark.slow),
         (1, True, True, False),
-        (1, False, False, True),
+        pytest.param(1, False, False, True, marks=pytest.mark.slow),
     ],
 )
 def test_hash_equals_dense(length, tied, strict, packed):

@@ -62,7 +62,7 @@ def test_a_longer_sequence_begins_alike_and_redraw_changes_it(name):
     assert np.abs(other - first).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["hash", "drop"])
+@pytest.mark.parametrize("name", ["hash", pytest.param("drop", marks=pytest.mark.slow)])
 def test_gradients_reach_every_parameter_and_survive_rematerialisation(name):
     module = make(name)
     graph, params, rest = nnx.split(module, nnx.Param, ...)
@@ -94,7 +94,11 @@ def test_one_mesh_equals_one_device_and_a_split_sequence_is_refused():
 
 
 @pytest.mark.parametrize(
-    "kind, options", [(HashAttention, {"num_buckets": 4}), (DropAttention, {"drop": 0.4})]
+    "kind, options",
+    [
+        (HashAttention, {"num_buckets": 4}),
+        pytest.param(DropAttention, {"drop": 0.4}, marks=pytest.mark.slow),
+    ],
 )
 def test_in_linen(kind, options):
     module = nnx.bridge.to_linen(kind, WIDTH, HEADS, HEAD_DIM, **options)

@@ -133,7 +133,7 @@ def check(operator, reference, args, wrt, tolerance=1e-5):
     [
         (64, (8, 8), "slow_first", "digit", True, False),
         (61, (4, 4, 4), "slow_first", "digit", True, True),
-        (50, (8, None), "fast_first", "global", False, True),
+        pytest.param(50, (8, None), "fast_first", "global", False, True, marks=pytest.mark.slow),
         pytest.param(61, (4, 1, 4, 2), "fast_first", "digit", True, True, marks=pytest.mark.slow),
         pytest.param(40, (4, 4), "slow_first", "global", True, True, marks=pytest.mark.slow),
     ],
@@ -171,9 +171,8 @@ def test_mixed_radix_equals_its_definition(length, dims, order, positions, bias,
     check(operator, reference, (q, k, v, frequencies, self_bias), wrt)
 
 
-@pytest.mark.parametrize(
-    "order", ["slow_first", pytest.param("fast_first", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["slow_first", "fast_first"])
 def test_dominance_equals_its_definition(order):
     dims = (4, 2, 5)
 
@@ -192,6 +191,7 @@ def test_dominance_equals_its_definition(order):
     check(operator, functools.partial(dominance, dims=dims, order=order), args, (0, 1, 2))
 
 
+@pytest.mark.slow
 def test_hierarchical_equals_its_definition():
     dims = (4, 2, 5)
 

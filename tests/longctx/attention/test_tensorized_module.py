@@ -32,7 +32,7 @@ def run(module, x, *args, **kwargs):
     "options",
     [
         {},
-        {"dims": (4, 3, None), "positions": "global"},
+        pytest.param({"dims": (4, 3, None), "positions": "global"}, marks=pytest.mark.slow),
         pytest.param(
             {"dims": (4, 4, 4), "order": "fast_first", "num_kv_heads": None},
             marks=pytest.mark.slow,
@@ -85,7 +85,7 @@ def test_starts_as_dense_attention_on_the_first_window():
 @pytest.mark.parametrize(
     "mesh, options",
     [
-        ({"data": 2, "tensor": 2}, {}),
+        pytest.param({"data": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
         ({"data": 2, "seq": 2}, {"positions": "global"}),
         ({"seq": 4}, {"dims": (4, 2, None), "order": "fast_first"}),
     ],
