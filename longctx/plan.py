@@ -70,8 +70,9 @@ def plan(arguments: Sequence[str]) -> None:
     """`longctx plan NAME --topology v5p:4x4x4 [overrides]`."""
     from longctx.commands import find_run
 
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError("usage: longctx plan NAME [--topology v5p:4x4x4] [overrides]")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: longctx plan NAME [--topology v5p:4x4x4] [--out FILE] [overrides of the run]")
+        return
     name, *overrides = arguments
     default = PlanOptions(find_run(name))
     options = parse(PlanOptions, f"plan {name}", overrides, default=default)

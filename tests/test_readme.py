@@ -1,0 +1,53 @@
+"""The README does what it says: its example runs, its commands exist, its table is up to date."""
+
+import io
+import re
+import shlex
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+
+from experiments import results
+from longctx.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_example_trains():
+    (example,) = blocks("python")
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    assert 4 < float(printed.getvalue()) < 7  # ln 256 is 5.5
+    assert len(example.splitlines()) <= 30
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [c[1] for c in commands() if c[0] == "make"]
+    assert targets == ["quickstart", "test"]
+    assert all(re.search(rf"^{t}:", makefile, re.M) for t in targets)
+
+
+def test_every_command_has_help(capsys):
+    named = {c[1] for c in commands() if c[0] == "longctx"}
+    named |= set(re.findall(r"`longctx ([a-z-]+)", README))
+    assert named <= set(COMMANDS)
+    for name in sorted(named):
+        with suppress(SystemExit):  # how tyro ends after its help
+            main([name, "--help"])
+        assert name in capsys.readouterr().out
+
+
+def test_tables_are_those_of_the_committed_rows():
+    assert (ROOT / "RESULTS.md").read_text() == results.results()
+    assert results.with_table(README) == README
