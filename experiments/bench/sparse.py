@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the rows")
     options = parser.parse_args()
     name = "sparse_parts" if options.parts else "sparse"
+    chosen = "".join(c if c.isalnum() else "_" for c in options.only and f"_{options.only}")
     for length in options.lengths:
         batch = max(1, options.tokens // length)
         shape = {"batch": batch, "length": length, "heads": HEADS, "width": WIDTH}
@@ -162,7 +163,7 @@ def main() -> None:
             rows.append(shape | row)
             numbers = (f"{x:.3f}" if isinstance(x, float) else x for x in row.values())
             print(f"{batch} x {length}", *numbers, flush=True)
-            write_rows(options.out / f"{name}_{length}.jsonl", rows)
+            write_rows(options.out / f"{name}_{length}{chosen}.jsonl", rows)
 
 
 if __name__ == "__main__":
