@@ -72,8 +72,8 @@ def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
         for key, name in (("forward", "forward"), ("both", "forward + backward")):
             theirs, ours = (x[f"{key}_ns_per_token"] for x in (first, r))
             what = f"time per token, {name}, {r['length']} tokens"
-            shown = [f"{ns:.1f} ns" for ns in (theirs, ours)]
-            yield Line(what, f"the same at {first['length']}", *shown, ours / theirs, r)
+            rival = f"the same at {first['length']}"
+            yield Line(what, rival, f"{theirs:.1f} ns", f"{ours:.1f} ns", ours / theirs, r)
 
 
 def flash(rows: Sequence[Row]) -> Iterator[Line]:
@@ -123,8 +123,8 @@ def training_speed(rows: Sequence[Row]) -> Iterator[Line]:
 
     def line(what: str, rival: str, theirs: float, row: Row, headline: bool = False) -> Line:
         ours = row["tokens_per_second"]
-        shown = [f"{speed:,.0f} tokens/s" for speed in (theirs, ours)]
-        return Line(what, rival, *shown, ours / theirs, row, headline)
+        there, here = f"{theirs:,.0f} tokens/s", f"{ours:,.0f} tokens/s"
+        return Line(what, rival, there, here, ours / theirs, row, headline)
 
     speed = {(r["model"], r["length"]): r for r in rows}
     lengths = sorted({r["length"] for r in rows})

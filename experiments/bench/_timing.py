@@ -29,7 +29,7 @@ def time_ms(
         wait(function(*args))
 
     def batch(calls: int) -> float:
-        start = time.perf_counter()
+        start, out = time.perf_counter(), None
         for _ in range(calls):
             out = function(*args)
         wait(out)

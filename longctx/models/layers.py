@@ -25,7 +25,8 @@ def layer_paths(config: ModelConfig) -> dict[tuple[int, int], tuple[int, ...]]:
 
 def by_layer(config: ModelConfig, params: nnx.State) -> dict[Path, Array]:
     """Every parameter under its path, those of the stack apart: ("layers", i, "mixer", ...)."""
-    layers, found = layer_paths(config), {}
+    layers: Mapping[Any, tuple[int, ...]] = layer_paths(config)
+    found = {}
     for path, variable in nnx.to_flat_state(params):
         if path[0] != "stack":
             found[path] = variable[...]

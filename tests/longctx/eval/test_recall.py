@@ -8,8 +8,8 @@ from flax import nnx
 
 from longctx.errors import UserError
 from longctx.eval.recall import Answerer, evaluate_tasks, score_task
-from longctx.tasks import TASKS, MultiQueryRecall
 from longctx.parallel.mesh import make_mesh
+from longctx.tasks import TASKS, MultiQueryRecall
 
 
 class Peeking(nnx.Module):
