@@ -35,9 +35,7 @@ def losses(config: RunConfig, out) -> list[float]:
     return [r[name] for r in rows for name in ("loss", "valid_bits_per_byte") if name in r]
 
 
-@pytest.mark.parametrize(
-    "strategy", ["ring", pytest.param("all_gather", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("strategy", ["ring", pytest.param("all_gather", marks=pytest.mark.slow)])
 def test_losses_equal_those_of_one_device(strategy, tmp_path):
     parallel = ParallelConfig(strategy=strategy, layout="zigzag")
     mesh = MeshConfig(seq=2, tensor=2)
