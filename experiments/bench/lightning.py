@@ -65,7 +65,7 @@ class Shape(NamedTuple):
 def groups_for(platform: str) -> dict[str, list[Shape]]:
     """Shapes of each group; what a CPU can run in a minute elsewhere."""
     if platform != "gpu":
-        small = functools.partial(Shape, 1, heads=2, width=64, dtype=jnp.float32)
+        small = functools.partial(Shape, 1, heads=2, dtype=jnp.float32)
         return {"lengths": [small(1024 * n) for n in (1, 4, 16, 64)]}
     return {
         "shapes": [Shape(16, 2048), Shape(4, 8192), Shape(1, 32768), Shape(1, 131072)],
