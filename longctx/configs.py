@@ -23,4 +23,8 @@ QUICKSTART = RunConfig(
     eval=EvalConfig(every=250, tokens=2**15),
 )
 
-RUNS: dict[str, RunConfig] = {"quickstart": QUICKSTART}
+# Every named model is a run too, to be given data and a schedule on the command line.
+RUNS: dict[str, RunConfig] = {
+    "quickstart": QUICKSTART,
+    **{name: RunConfig(model=model) for name, model in MODELS.items()},
+}

@@ -112,7 +112,8 @@ def test_the_command_lists_its_commands(capsys):
     listed = capsys.readouterr().out
     assert all(re.search(rf"^  {name} ", listed, re.M) for name in COMMANDS)
     main(["train"])
-    assert all(name in capsys.readouterr().out for name in RUNS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in RUNS)
 
 
 def test_listing_commands_loads_no_jax():
