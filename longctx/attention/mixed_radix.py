@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from longctx.attention.rotary import rope
+from longctx.parallel.ulysses import repeat_heads
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import block_backward, flash_attention
 
@@ -110,14 +111,6 @@ def mixed_radix_attention(
         args = (q, k, v, bias, frequencies, doc_start)
         v = attend_along(hop, *unify_varying(args, varying_axes(*args)))
     return repeat_heads(v, heads)
-
-
-def repeat_heads(x: Float[Array, "B T _ D"], heads: int) -> Float[Array, "B T H D"]:
-    """Every key/value head once for each query head that reads it; gradients add in float32."""
-    if x.shape[2] == heads:
-        return x
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.repeat(wide, heads // x.shape[2], axis=2).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

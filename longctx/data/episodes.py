@@ -9,7 +9,7 @@ from longctx.data.config import DataError
 from longctx.data.packing import Example
 from longctx.data.sources import Split
 from longctx.tasks import TASKS
-from longctx.tasks.episode import SPLITS
+from longctx.tasks.episode import episode_at
 
 PREFIX = "task:"
 
@@ -55,7 +55,7 @@ class EpisodeRows:
 
     def __init__(self, episodes: Episodes, length: int) -> None:
         self._task = TASKS[episodes.name]
-        self._stream = [episodes.seed, SPLITS["train" if episodes.split == "train" else "test"]]
+        self._seed, self._split = episodes.seed, "train" if episodes.split == "train" else "test"
         self._length = length
         try:
             self[0]
@@ -68,8 +68,9 @@ class EpisodeRows:
     def __getitem__(self, index: SupportsIndex) -> Example:
         index = int(index)
         # One token more than the sequence, so that its last token has a target too.
-        rng = np.random.default_rng([*self._stream, index])
-        episode = self._task.episode(rng, self._length + 1)
+        episode = episode_at(
+            self._task, index, length=self._length + 1, seed=self._seed, split=self._split
+        )
         return {
             "tokens": episode.tokens[:-1],
             "targets": np.where(episode.answer, episode.tokens, -1)[1:].astype(np.int32),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from longctx.errors import UserError
 from longctx.parallel.mesh import MeshConfig, make_mesh
-from longctx.provenance import origin
+from longctx.provenance import read_rows, write_rows
 from longctx.tasks import TASKS, Episode, Needle, Task, episodes, score
 from longctx.train.restore import load_run
 
@@ -131,9 +130,8 @@ def evaluate_tasks(
             except ValueError as error:
                 raise UserError(f"task {name}: {error}") from error
             scores.append(TaskScore(name, length, depth, count, accuracy, task.chance))
-    source = {"step": loaded.step, "train_length": loaded.config.data.sequence_length} | origin()
-    lines = [json.dumps(dataclasses.asdict(s) | source) + "\n" for s in scores]
-    (run / "tasks.jsonl").write_text("".join(lines))
+    model = {"step": loaded.step, "train_length": loaded.config.data.sequence_length}
+    write_rows(run / "tasks.jsonl", (dataclasses.asdict(s) | model for s in scores))
     draw_tasks(run)
     _show(scores)
     return scores
@@ -172,7 +170,7 @@ def draw_tasks(run: pathlib.Path) -> pathlib.Path:
     """Draw `run/tasks.png` from `run/tasks.jsonl`: accuracy by length, and the needle's map."""
     from matplotlib.figure import Figure  # slow to import
 
-    records = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    records = read_rows(run / "tasks.jsonl")
     grid = [r for r in records if r["depth"] is not None]
     figure = Figure(figsize=(10 if grid else 6, 4), layout="constrained")
     panels = figure.subplots(1, 2 if grid else 1, squeeze=False)[0]

@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from longctx.errors import UserError
 from longctx.hf.config import from_hf, to_hf
 from longctx.hf.names import Source, sources
 from longctx.models import ModelConfig, build
-from longctx.parallel.mesh import make_mesh
+from longctx.parallel.mesh import fitting_sharding, make_mesh
 
 INDEX = "model.safetensors.index.json"
 # Buffers that some checkpoints carry and that follow from the configuration.
@@ -94,7 +93,7 @@ def load_hf(
     specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
     filled = []
     for name, variable in flat.items():
-        sharding = NamedSharding(mesh, _fitting(specs[name].get_value(), variable.shape, mesh))
+        sharding = fitting_sharding(specs[name].get_value(), variable.shape, mesh)
         array = _assemble(tensors, recipes[name], variable.shape, variable.dtype, sharding)
         filled.append((name, variable.replace(array)))
     return config, nnx.from_flat_state(filled)
@@ -159,15 +158,6 @@ class _Files:
             weight_map = {tensor: names[i] for tensor, i in self._weight_map.items()}
             index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
             (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _fitting(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """`spec`, with axes that a mesh axis does not divide kept whole."""
-    names = [
-        n if n in mesh.shape and size % mesh.shape[n] == 0 else None
-        for size, n in zip(shape, spec, strict=False)
-    ]
-    return P(*names)
 
 
 def _check(

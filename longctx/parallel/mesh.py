@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -66,6 +66,15 @@ def make_mesh(
         axis_types=(axis_type,) * len(AXES),
         devices=available[: config.size],
     )
+
+
+def fitting_sharding(spec: P | None, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`spec` on `mesh`, with array axes that a mesh axis does not divide kept whole."""
+    names = [
+        name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+        for size, name in zip(shape, tuple(spec or ()), strict=False)
+    ]
+    return NamedSharding(mesh, P(*names))
 
 
 def _restrict(spec: P, axes: Container[str]) -> P:

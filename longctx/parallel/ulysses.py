@@ -10,7 +10,6 @@ Sources: arXiv 2309.14509 (Ulysses), 2405.07719 (USP).
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -49,7 +48,7 @@ def ulysses_attention(
         return lax.all_to_all(x, shards.axis, split, concat, tiled=True, axis_index_groups=groups)
 
     copies = kv_copies(q.shape[2], k.shape[2], shards.inner)
-    k, v = _repeat(k, copies), _repeat(v, copies)
+    k, v = (repeat_heads(x, copies * x.shape[2]) for x in (k, v))
     q, k, v = (swap(x, 2, 1) for x in (q, k, v))
     if doc_start is not None:
         doc_start = lax.all_gather(
@@ -76,9 +75,9 @@ def whole_attention(
     return o, lse
 
 
-def _repeat(x: jax.Array, copies: int) -> jax.Array:
-    """Each head `copies` times; its gradient sums the copies in float32."""
-    if copies == 1:
+def repeat_heads(x: Float[Array, "B T _ D"], heads: int) -> Float[Array, "B T H D"]:
+    """Every key/value head once for each query head that reads it; gradients add in float32."""
+    if x.shape[2] == heads:
         return x
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jnp.repeat(wide, copies, 2).astype(x.dtype)
+    return jnp.repeat(wide, heads // x.shape[2], axis=2).astype(x.dtype)

@@ -1,6 +1,7 @@
 """What every long-context task makes: a sequence of fixed length with its answers marked."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -43,20 +44,23 @@ class Task(Protocol):
         ...
 
 
-def episodes(
-    task: Task, *, length: int, seed: int = 0, split: str = "test", start: int = 0
-) -> Iterator[Episode]:
-    """An endless, deterministic stream: episode i depends on (seed, split, i) alone.
+def episode_at(task: Task, index: int, *, length: int, seed: int, split: str) -> Episode:
+    """Episode `index` of a task: it depends on (seed, split, index) alone.
 
     Raises:
       ValueError: `split` is neither "train" nor "test".
     """
     if split not in SPLITS:
         raise ValueError(f"{split=} must be one of {sorted(SPLITS)}")
-    index = start
-    while True:
-        yield task.episode(np.random.default_rng([seed, SPLITS[split], index]), length)
-        index += 1
+    return task.episode(np.random.default_rng([seed, SPLITS[split], index]), length)
+
+
+def episodes(
+    task: Task, *, length: int, seed: int = 0, split: str = "test", start: int = 0
+) -> Iterator[Episode]:
+    """The endless stream of `episode_at`, from `start` on."""
+    for index in itertools.count(start):
+        yield episode_at(task, index, length=length, seed=seed, split=split)
 
 
 def answer_spans(answer: np.ndarray) -> list[slice]:

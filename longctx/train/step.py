@@ -15,7 +15,7 @@ from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
 from longctx.nn.sparse import redraw
 from longctx.parallel.layout import Kind, Layout
-from longctx.parallel.mesh import BATCH
+from longctx.parallel.mesh import BATCH, fitting_sharding
 from longctx.train.config import RunConfig
 from longctx.train.optim import make_optimizer, schedule
 
@@ -59,11 +59,7 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     specs = nnx.get_partition_spec(shapes)
 
     def place(shape: jax.ShapeDtypeStruct, spec: P | None) -> jax.ShapeDtypeStruct:
-        fitting = [
-            name if name in mesh.shape and size % mesh.shape[name] == 0 else None
-            for size, name in zip(shape.shape, tuple(spec or ()), strict=False)
-        ]
-        sharding = NamedSharding(mesh, P(*fitting))
+        sharding = fitting_sharding(spec, shape.shape, mesh)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     leaves, structure = jax.tree.flatten(shapes)
