@@ -83,6 +83,7 @@ def test_separate_held_out_source(tmp_path):
         ("plain.txt.gz", b"not packed", "not a complete gzip file"),
         ("broken.parquet", b"PAR1", "cannot be read as parquet"),
     ],
+    ids=["absent", "empty", "cut line", "no field", "cut gzip", "no gzip", "no parquet"],
 )
 def test_unreadable_source(tmp_path, name, content, message):
     path = tmp_path / name
