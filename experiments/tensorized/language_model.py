@@ -17,7 +17,7 @@ from typing import Any
 
 from longctx.data.config import DataConfig
 from longctx.eval.lengths import evaluate
-from longctx.models import BYTE_VOCAB, MlpConfig, ModelConfig, SoftmaxConfig
+from longctx.models import BYTE_VOCAB, MODELS, MlpConfig, ModelConfig, SoftmaxConfig
 from longctx.models.config import TensorizedConfig
 from longctx.reproduce import Ablation, Arm, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
@@ -48,10 +48,9 @@ def llama(
 # The shape the paper names, Llama-8B (numbers of Llama 3), at its trained length.
 PAPER = RunConfig(
     model=dataclasses.replace(
-        llama(4096, 32, 32, 512, hidden=14336),
-        vocab_size=128256,
-        softmax=SoftmaxConfig(num_heads=32, num_kv_heads=8, rope_base=500000.0, window=512),
-        tied_head=False,
+        MODELS["llama-3-8b"],
+        softmax=dataclasses.replace(MODELS["llama-3-8b"].softmax, window=512),
+        tensorized=TensorizedConfig(dims=(512, None)),
         remat="block",
     ),
     data=DataConfig(sequence_length=32768, batch_size=32),

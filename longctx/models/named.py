@@ -1,13 +1,15 @@
 """Named architectures and sizes.
 
 TransNormerLLM shapes (width, layers, heads, SGLU width) up to 3B are those of the authors'
-released configurations; what else a number rests on stands beside it.
+released configurations, Llama's and Mistral's of theirs; what else a number rests on stands
+beside it.
 """
 
 import dataclasses
 from typing import Any
 
 from longctx.models.config import LightningConfig, MlpConfig, ModelConfig, SoftmaxConfig
+from longctx.nn.position import RopeScaling
 
 BYTE_VOCAB = 259  # 256 bytes and three special tokens (ours)
 
@@ -34,6 +36,30 @@ def transformer(base: ModelConfig) -> ModelConfig:
         softmax=SoftmaxConfig(num_heads=heads, num_kv_heads=heads, head_dim=head_dim),
         mlp=MlpConfig(width=hidden, activation="silu"),
         norm="rms",
+        scale_embedding=False,
+    )
+
+
+def llama(
+    width: int,
+    num_layers: int,
+    mlp_width: int,
+    softmax: SoftmaxConfig,
+    *,
+    vocab_size: int = 32000,
+    norm_eps: float = 1e-5,
+) -> ModelConfig:
+    """A model of Llama's kind: pre-norm with weighted RMSNorm, RoPE, SwiGLU, a head of its own."""
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=width,
+        num_layers=num_layers,
+        mixers=("softmax",),
+        softmax=softmax,
+        mlp=MlpConfig(width=mlp_width, activation="silu"),
+        norm="rms",
+        norm_eps=norm_eps,
+        tied_head=False,
         scale_embedding=False,
     )
 
@@ -78,6 +104,27 @@ GPT2_SMALL = ModelConfig(  # GPT-2's shape, as in the baselines of 2306.01160; n
     learned_positions=1024,
     scale_embedding=False,
 )
+
+# The models that 2410.20926 adapts (of Llama-8B it does not say which), and a smaller one.
+LLAMA_3_8B = llama(
+    4096, 32, 14336, SoftmaxConfig(32, 8, 128, rope_base=500000.0), vocab_size=128256
+)
+LLAMA_3_2_1B = dataclasses.replace(
+    llama(
+        2048,
+        16,
+        8192,
+        SoftmaxConfig(
+            32, 8, 64, rope_base=500000.0, rope_scaling=RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
+        ),
+        vocab_size=128256,
+    ),
+    tied_head=True,
+)
+MISTRAL_7B = dataclasses.replace(  # version 0.1, the one with a window
+    llama(4096, 32, 14336, SoftmaxConfig(32, 8, 128, window=4096)), mixers=("window",)
+)
+OPEN_LLAMA_3B = llama(3200, 26, 8640, SoftmaxConfig(32, 32, 100), norm_eps=1e-6)
 
 # MiniMax-01's shape (its released configuration), with a dense SwiGLU of the experts' width in
 # place of 32 experts, and pre-norm in place of scaled post-norm (ours).
@@ -130,5 +177,9 @@ MODELS: dict[str, ModelConfig] = {
             mlp=dataclasses.replace(GPT2_SMALL.mlp, width=512),
         )
     ),
+    "llama-3-8b": LLAMA_3_8B,
+    "llama-3.2-1b": LLAMA_3_2_1B,
+    "mistral-7b": MISTRAL_7B,
+    "open-llama-3b": OPEN_LLAMA_3B,
     "minimax": MINIMAX,
 }

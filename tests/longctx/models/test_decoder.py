@@ -35,6 +35,20 @@ def test_ablations_have_the_papers_sizes():
     assert round(count_parameters(absolute) / 1e6) == 386
 
 
+# As the released checkpoints hold them.
+RELEASED = {
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_241_732_096,
+    "open-llama-3b": 3_426_473_600,
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_llama_shapes_have_the_released_sizes(name):
+    assert count_parameters(MODELS[name]) == RELEASED[name]
+
+
 def test_our_readings_have_the_sizes_in_their_names():
     for name, billions in {"tnl-15b": 15, "tnl-175b": 175}.items():
         assert round(count_parameters(MODELS[name]) / 1e9) == billions
