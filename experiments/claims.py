@@ -1,0 +1,140 @@
+"""What RESULTS.md covers: for every claim its committed rows, and what it takes to measure them.
+
+One entry per results file. An experiment file says itself what is claimed and how to measure it
+(the first sentence of "Claim" in its docstring); its rows are committed as
+`experiments/<paper>/results/<experiment>-<scale>.jsonl`.
+"""
+
+import ast
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import lines
+
+ROOT = Path(__file__).parents[1]
+
+
+class Section(NamedTuple):
+    """A claim: where its rows are, how to read them, and what measures them."""
+
+    title: str
+    claim: str
+    file: Path
+    lines: lines.Reader
+    command: str
+    needs: str
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there are committed rows."""
+        return (ROOT / self.file).exists()
+
+
+def bench(
+    name: str, title: str, claim: str, reader: lines.Reader, command: str, needs: str = "one H100"
+) -> Section:
+    """The rows `name` of a benchmark, which `python -m experiments.bench.COMMAND` makes."""
+    file = Path("experiments/bench/results") / f"{name}.jsonl"
+    return Section(title, claim, file, reader, f"python -m experiments.bench.{command}", needs)
+
+
+def experiment(
+    name: str, reader: lines.Reader, scale: str = "small", needs: str = "one H100"
+) -> Section:
+    """The rows of `longctx reproduce experiments/NAME.py`; what they mean is in its docstring."""
+    path = Path("experiments") / f"{name}.py"
+    told = ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
+    found = re.search(r"^Claim \(([^)]*)\): (.*?)^Command: ", told, re.S | re.M)
+    assert found is not None, f"the docstring of {path} must have its Claim (source) and Command"
+    source, claim = (" ".join(group.split()) for group in found.groups())
+    first = re.split(r"(?<=\w)\.(?: |$)", claim)[0]
+    return Section(
+        title=re.split("[:.]", told)[0],
+        claim=f"{first} ({source}).",
+        file=path.parent / "results" / f"{path.stem}-{scale}.jsonl",
+        lines=reader,
+        command=f"longctx reproduce {path} --scale {scale}",
+        needs=needs,
+    )
+
+
+PAPERS: dict[str, list[Section]] = {
+    "Lightning Attention-2, TransNormerLLM / TNL (2401.04658, 2307.14995, 2405.17381)": [
+        bench(
+            "lightning_gpu",
+            "Lightning attention",
+            "Constant time per token at any length (2401.04658), faster than every peer.",
+            lines.lightning,
+            "lightning",
+        ),
+        bench(
+            "lightning_gpu_lengths",
+            "Lightning attention by length",
+            "Time per token does not depend on the length (2401.04658).",
+            lines.lightning_lengths,
+            "lightning --groups lengths",
+        ),
+        bench(
+            "lightning_cpu",
+            "Lightning attention by length, plain JAX on two CPU cores",
+            "Heads of 128 in float32. Two runs on this shared machine differ by up to 20%.",
+            lines.lightning_lengths,
+            "lightning",
+            needs="two CPU cores",
+        ),
+        experiment("transnormer/training_speed", lines.training_speed, "paper"),
+        experiment("transnormer/positional_encoding", lines.ablation),
+        experiment("transnormer/decay_temperature", lines.ablation),
+        experiment("transnormer/gating", lines.ablation),
+        experiment("transnormer/normalization", lines.ablation),
+        experiment("transnormer/gla_activation", lines.ablation),
+        experiment("transnormer/glu_activation", lines.ablation),
+        experiment("transnormer/transformer", lines.ablation),
+    ],
+    "Sparse Flash Attention (2306.01160)": [
+        *(
+            bench(
+                f"sparse_{length}",
+                f"Sparse flash attention, {length} tokens",
+                "Dropping and hashing beat dense attention, everything included.",
+                lines.by_operator("cudnn dense", "hash", "drop", "our dense"),
+                f"sparse --lengths {length}",
+            )
+            for length in (8192, 16384, 32768)
+        ),
+        experiment("sparse_flash/runtime", lines.by_operator("dense", "hash", "drop"), "paper"),
+        experiment("sparse_flash/coverage", lines.coverage, "paper", needs="a CPU"),
+        experiment("sparse_flash/language_model", lines.ablation),
+    ],
+    "Attention Tensorization (2410.20926)": [
+        bench(
+            "tensorized",
+            "Tensorized attention",
+            "The operator is 11x faster than dense attention at 128K tokens.",
+            lines.by_operator("cudnn dense", "mixed radix"),
+            "tensorized",
+        ),
+        experiment("tensorized/operator_speed", lines.by_operator("dense", "tensorized"), "paper"),
+        experiment("tensorized/language_model", lines.ablation),
+    ],
+    "Ring Attention (2310.01889)": [
+        bench(
+            "ring",
+            "Ring attention",
+            "Two GPUs take half of one GPU's time.",
+            lines.ring,
+            "ring --check",
+            needs="two H100",
+        ),
+    ],
+    "The kernel under the last three": [
+        bench(
+            "flash_shared_gpu",
+            "Flash attention over intervals",
+            "Dense causal attention as fast as cuDNN's. Other processes shared this GPU meanwhile.",
+            lines.flash,
+            "flash --groups dense",
+        ),
+    ],
+}

@@ -1,0 +1,153 @@
+"""How committed rows are read as comparisons: one function per kind of results file."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from longctx.reproduce.ablation import compare
+
+# Operators whose times stand in the README too.
+HEADLINES = ("hash nb=16", "drop 0.5", "mixed radix, bias and RoPE")
+
+type Row = dict[str, Any]
+type Reader = Callable[[Sequence[Row]], Iterator[Line]]
+
+
+class Line(NamedTuple):
+    """One measured comparison: what, beside what, their number and ours.
+
+    The ratio is ours over theirs; None where a ratio means nothing (losses).
+    """
+
+    what: str
+    beside: str
+    theirs: str
+    ours: str
+    ratio: float | None = None
+    headline: bool = False  # stands in the README too
+
+
+def _ms(what: str, rival: Row, ours: Row, key: str, name: str, headline: bool = False) -> Line:
+    theirs, mine = rival[key], ours[key]
+    return Line(what, name, f"{theirs:.3f} ms", f"{mine:.3f} ms", mine / theirs, headline)
+
+
+def _speed(what: str, name: str, theirs: float, ours: float, headline: bool = False) -> Line:
+    shown = (f"{theirs:,.0f} tokens/s", f"{ours:,.0f} tokens/s")
+    return Line(what, name, *shown, ours / theirs, headline)
+
+
+def lightning(rows: Sequence[Row]) -> Iterator[Line]:
+    """Kernel times against flash-linear-attention and the byte floor; shares of the floor."""
+    shapes = [r for r in rows if r["group"] == "shapes" and "forward_ms" in r]
+    for ours in (r for r in shapes if r["implementation"] == "ours"):
+        where = f"{ours['batch']} x {ours['length']}"
+        same = {
+            r["implementation"]: r
+            for r in shapes
+            if (r["batch"], r["length"]) == (ours["batch"], ours["length"])
+        }
+        fla = same["fla chunk_simple_gla"]
+        for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+            headline = key == "both_ms"
+            yield _ms(f"{name}, {where}", fla, ours, key, "fla chunk_simple_gla", headline)
+        floor = {"forward_ms": ours["forward_floor_ms"]}
+        yield _ms(f"forward, {where}", floor, ours, "forward_ms", "byte floor")
+
+
+def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
+    """Time per token at fixed batch and heads, as the length grows."""
+    first, *later = [r for r in rows if r["group"] == "lengths"]
+    for r in later:
+        for key, name in (("forward", "forward"), ("both", "forward + backward")):
+            theirs, ours = (x[f"{key}_ns_per_token"] for x in (first, r))
+            yield Line(
+                f"time per token, {name}, {r['length']} tokens",
+                f"the same at {first['length']}",
+                f"{theirs:.1f} ns",
+                f"{ours:.1f} ns",
+                ours / theirs,
+                headline=r["platform"] == "cpu",
+            )
+
+
+def flash(rows: Sequence[Row]) -> Iterator[Line]:
+    """Kernel times against cuDNN's, through jax.nn, in the same process."""
+    shape = ("batch", "length", "heads", "kv_heads", "width", "window", "document")
+    timed = [r for r in rows if "forward_ms" in r]
+    rivals = {tuple(r[n] for n in shape): r for r in timed if r["implementation"] == "cudnn"}
+    for ours in (r for r in timed if r["implementation"] == "ours"):
+        rival = rivals.get(tuple(ours[n] for n in shape))
+        if rival is None:
+            continue
+        grouped = ours["heads"] != ours["kv_heads"]
+        heads = f", heads {ours['heads']}:{ours['kv_heads']}" if grouped else ""
+        window = f", window {ours['window']}" if ours["window"] else ""
+        where = f"D {ours['width']}, {ours['batch']} x {ours['length']}{heads}{window}"
+        for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+            headline = ours["group"] == "dense" and key == "both_ms"
+            yield _ms(f"{name}, {where}", rival, ours, key, "cuDNN", headline)
+
+
+def by_operator(rival: str, *names: str) -> Reader:
+    """Reader of files that have a row per operator and length: those in `names` against `rival`."""
+
+    def lines(rows: Sequence[Row]) -> Iterator[Line]:
+        rivals = {r["length"]: r for r in rows if r["operator"] == rival}
+        for ours in rows:
+            if not ours["operator"].startswith(names) or ours["length"] not in rivals:
+                continue
+            for key in ("forward_ms", "forward_backward_ms", "ms"):
+                if ours.get(key) is None:
+                    continue
+                name = "forward" if key == "forward_ms" else "forward + backward"
+                what = f"{ours['operator']}, {name}, {ours.get('batch', 1)} x {ours['length']}"
+                headline = key == "forward_backward_ms" and ours["operator"] in HEADLINES
+                yield _ms(what, rivals[ours["length"]], ours, key, rival, headline)
+
+    return lines
+
+
+def ring(rows: Sequence[Row]) -> Iterator[Line]:
+    """Strategies over devices against an equal share of one device's time."""
+    for r in rows:
+        if "of_ideal" in r:
+            what = f"{r['name']}, {r['which'].replace('_', ' + ')}, {r['length']} tokens"
+            heads = f"heads {r['heads']}:{r['kv_heads']}"
+            beside = f"1/{r['devices']} of one device"
+            ideal = {"ms": r["ideal_ms"]}
+            yield _ms(f"{what}, {heads}", ideal, r, "ms", beside, r["name"] == "ring")
+
+
+def training_speed(rows: Sequence[Row]) -> Iterator[Line]:
+    """Tokens per second of whole training steps: flat in the length, and beside others'."""
+    speed = {(r["model"], r["length"]): r["tokens_per_second"] for r in rows}
+    first, *_ = lengths = sorted({r["length"] for r in rows})
+    paper = {r["length"]: r["paper"] for r in rows if r["model"] == "TNL"}
+    for length in lengths:
+        ours, what = speed["TNL", length], f"training, 385M, sequences of {length}"
+        if length > first:
+            yield _speed(what, f"the same at {first}", speed["TNL", first], ours, True)
+        if paper[length]:
+            yield _speed(what, "the paper's, one of two A100", paper[length], ours)
+        if ("Transformer", length) in speed:
+            other = speed["Transformer", length]
+            yield _speed(what, "our softmax Transformer", other, ours, True)
+
+
+def ablation(rows: Sequence[Row]) -> Iterator[Line]:
+    """Differences from the base arm, ours in bits per byte; a ratio of them means nothing."""
+    sources = {r["arm"]: r["source"] for r in rows}
+    # Of rows for several lengths, those at the trained one.
+    rows = [r for r in rows if r.get("length") == r.get("trained")]
+    for result in compare(rows):
+        if not result.is_base:
+            paper = "" if result.paper_difference is None else f"{result.paper_difference:+.3f}"
+            what = f"{result.arm} against {rows[0]['base']}"
+            yield Line(what, sources[result.arm], paper, result.verdict)
+
+
+def coverage(rows: Sequence[Row]) -> Iterator[Line]:
+    """Share of the pairs that a method ought to compute and does."""
+    for r in rows:
+        shares = (f"{r['chunks']:.3f}", f"{r['hash']:.3f}")
+        yield Line(f"pairs computed, {r['length']} tokens", "Reformer's chunks of 64", *shares)

@@ -1,0 +1,63 @@
+"""RESULTS.md: every experiment stands in it, and rows are read as the comparisons they are."""
+
+import pytest
+
+from experiments import lines, results
+from experiments.claims import PAPERS, ROOT
+from longctx.reproduce.command import experiment_files
+
+SECTIONS = [section for sections in PAPERS.values() for section in sections]
+
+
+def test_every_experiment_and_every_committed_file_has_its_place():
+    commands = " ".join(section.command for section in SECTIONS)
+    for file in experiment_files(ROOT / "experiments"):
+        assert str(file.relative_to(ROOT)) in commands
+    committed = {p.relative_to(ROOT) for p in ROOT.glob("experiments/*/results/*.jsonl")}
+    assert committed <= {section.file for section in SECTIONS}
+
+
+def test_what_is_not_measured_says_what_it_needs():
+    _, _, missing = results.results().partition("## Not measured yet")
+    for section in SECTIONS:
+        assert (section.command in missing) or section.is_measured
+        assert section.needs
+
+
+@pytest.mark.parametrize("section", [s for s in SECTIONS if s.is_measured], ids=lambda s: s.title)
+def test_measured_sections_have_lines(section):
+    assert list(section.lines(results.read_rows(ROOT / section.file)))
+
+
+def test_ring_rows_are_compared_with_a_share_of_one_device():
+    row = {"name": "ring", "which": "forward_backward", "length": 32768, "heads": 64}
+    row |= {"kv_heads": 8, "devices": 2, "ms": 4.0, "ideal_ms": 3.0, "of_ideal": 0.75}
+    (line,) = lines.ring([{"name": "one device: ours", "ms": 6.0}, row])
+    assert line.what == "ring, forward + backward, 32768 tokens, heads 64:8"
+    assert (line.beside, line.theirs, line.ours) == ("1/2 of one device", "3.000 ms", "4.000 ms")
+    assert line.ratio == pytest.approx(4 / 3)
+
+
+def test_ablations_give_differences_without_a_ratio():
+    def row(arm, score, **more):
+        paper = {"a": 2.0, "b": 2.5}[arm]
+        row = {"arm": arm, "base": "a", "bits_per_byte": score, "paper": paper, "parameters": 1}
+        return row | {"source": "table 1"} | more
+
+    seeds = [row("a", s) for s in (1.0, 1.1, 1.2)]
+    (line,) = lines.ablation([*seeds, row("b", 3.1)])
+    assert line == lines.Line("b against a", "table 1", "+0.500", "+2.0000 ± 0.1155")
+    longer = [row("a", 9.0, length=128, trained=64), row("b", 1.0, length=128, trained=64)]
+    trained = [row("a", 1.0, length=64, trained=64), row("b", 1.5, length=64, trained=64)]
+    (line,) = lines.ablation([*longer, *trained])
+    assert line.ours == "+0.5000"
+
+
+def test_operators_without_a_rival_or_a_time_are_left_out():
+    def row(name, length, ms):
+        return {"operator": name, "length": length, "ms": ms}
+
+    rows = [row("dense", 64, 8.0), row("hash nb=2", 64, 2.0), row("hash nb=2", 128, 3.0)]
+    (line,) = lines.by_operator("dense", "hash")(rows)
+    assert line.what == "hash nb=2, forward + backward, 1 x 64"
+    assert line.ratio == 0.25
