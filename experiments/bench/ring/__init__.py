@@ -1,0 +1,1 @@
+"""Sequences over several devices: measured, read from schedules, and extrapolated."""

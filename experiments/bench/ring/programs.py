@@ -1,0 +1,115 @@
+"""The programs that are timed and that are compiled ahead of time: causal attention, bf16, D 128."""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from longctx.parallel import Layout, context_attention, make_mesh, ring
+from pallas_kernels._pallas import unify_varying, varying_axes
+from pallas_kernels.flash_attention import flash_attention
+
+WIDTH = 128
+PASSES = ("forward", "forward_backward")
+STRATEGIES = ("ring", "all_gather", "ulysses", "usp")
+ONE_DEVICE = ("cudnn", "ours")
+
+
+class Case(NamedTuple):
+    """One program, on B = 1 sequences."""
+
+    length: int  # of the whole sequence
+    heads: int
+    kv_heads: int
+    which: str  # of PASSES
+    name: Any  # of STRATEGIES, or of ONE_DEVICE
+    devices: int = 1
+    part: str = "full"  # or "compute" or "communication"
+
+    @property
+    def layout(self) -> Layout:
+        """The layout in which the strategy has equal work on all devices."""
+        return Layout(
+            "zigzag", {"ulysses": 1, "usp": self.devices // 2}.get(self.name, self.devices)
+        )
+
+    def operator(self) -> Callable[..., Any]:
+        """Of q, k and v."""
+        if self.name == "ours":
+            return flash_attention
+        if self.name == "cudnn":
+            attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+            return functools.partial(attend, is_causal=True)
+        return functools.partial(context_attention, strategy=self.name, layout=self.layout)
+
+    def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
+        """The first devices of those at hand, along `seq`."""
+        return make_mesh(seq=self.devices, devices=devices)
+
+    def operands(self, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and shardings of q, k, v, do."""
+        place = NamedSharding(mesh, P(None, "seq"))
+        return [
+            jax.ShapeDtypeStruct((1, self.length, heads, WIDTH), jnp.bfloat16, sharding=place)
+            for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        ]
+
+    def lower(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+        """The program for the first of `devices`: the operator, or it and its gradients."""
+        operator, mesh = self.operator(), self.mesh(devices)
+
+        def forward(q: Array, k: Array, v: Array, do: Array) -> Any:
+            return operator(q, k, v)
+
+        def both(q: Array, k: Array, v: Array, do: Array) -> Any:
+            o, pull = jax.vjp(operator, q, k, v)
+            return o, *pull(do)
+
+        with jax.set_mesh(mesh), only(self.part):
+            program = forward if self.which == "forward" else both
+            return jax.jit(program).lower(*self.operands(mesh))
+
+
+def only(part: str) -> ExitStack:
+    """The ring with its moves ("compute" only) or its blocks ("communication" only) left out.
+
+    What is left out hands on its inputs, so that the rest happens in the same order.
+    """
+
+    def stay(x: Any, *_: Any) -> Any:
+        return lax.optimization_barrier(x)
+
+    def forward(q: Array, k: Array, v: Array, *, out_dtype: Any = None, **how: Any) -> Any:
+        o, lse = how.get("carry") or (
+            jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32),
+            jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
+        )
+        o, lse = unify_varying((o.astype(out_dtype or o.dtype), lse), varying_axes(q))
+        return lax.optimization_barrier(((o, lse), k, v))[0]
+
+    def backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:
+        gradients = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
+        gradients = unify_varying(gradients, varying_axes(q))
+        return lax.optimization_barrier((gradients, k, v, rows))[0]
+
+    stack = ExitStack()
+    if part == "compute":
+        stack.enter_context(mock.patch.object(ring.lax, "ppermute", stay))
+    if part == "communication":
+        stack.enter_context(mock.patch.object(ring, "block_forward", forward))
+        stack.enter_context(mock.patch.object(ring, "block_backward", backward))
+    return stack
+
+
+def heads_pair(text: str) -> tuple[int, int]:
+    """ "64:8" as (64, 8)."""
+    heads, kv_heads = text.split(":")
+    return int(heads), int(kv_heads)
