@@ -1,4 +1,4 @@
-"""The programs that are timed and that are compiled ahead of time: causal attention, bf16, D 128."""
+"""The programs that are timed and compiled ahead of time: causal attention, bfloat16, D 128."""
 
 import functools
 from collections.abc import Callable, Sequence
