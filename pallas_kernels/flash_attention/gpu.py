@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._pallas import unify_varying, varying_axes
@@ -100,7 +101,9 @@ def bwd(
         }
     found = {}
     if reduces:
-        dq = jax.new_ref(sums.pop("dq") if sums else jnp.zeros(q.shape, jnp.float32))
+        # Tied to the keys, else XLA makes the zeros of all hops of a ring at once, and keeps them.
+        zero, k = lax.optimization_barrier((jnp.zeros((), jnp.float32), k))
+        dq = jax.new_ref(sums.pop("dq") if sums else jnp.full(q.shape, zero))
         passes = ((("dk", "dv"), tiles.keys),)
     else:
         dq = None

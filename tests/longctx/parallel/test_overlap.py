@@ -3,10 +3,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.bench.ring import topology
 from longctx.parallel import context_attention, context_lightning, make_mesh, verify_overlap
 from tests import topologies as local_topologies
 
@@ -74,12 +74,12 @@ def compile_for(devices, operator, *, local, heads=2, backward=True):
         return jax.jit(both).lower(x, x, x, x).compile()
 
 
-def tpu_devices(generation, count):
-    devices = list(local_topologies.tpu_mesh(generation, {"x": 4}).devices)
-    if count == 4:
-        return devices
-    name = {"v5e": "v5e:4x4", "v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}[generation]
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+def devices_for(chip, count):
+    """So many devices of a chip to compile for; skips the test where they cannot be had."""
+    if chip == "h100":
+        return list(local_topologies.gpu_mesh({"x": count}).devices)
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+    return list(topology.devices_of(chip, count))
 
 
 def assert_ring_is_hidden(overlap, devices):
@@ -108,25 +108,25 @@ RING = functools.partial(context_attention, strategy="ring", layout="zigzag")
 def test_ring_on_tpus(generation, devices):
     # XLA leaves moves of a few microseconds where they are: 256 tokens are such in a long ring.
     shape = {"local": 256} if devices == 4 else {"local": 4096, "heads": 4}
-    compiled = compile_for(tpu_devices(generation, devices), RING, **shape)
+    compiled = compile_for(devices_for(generation, devices), RING, **shape)
     assert_ring_is_hidden(verify_overlap(compiled), devices)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [2, 4, 8, 16])
 def test_ring_on_h100(devices):
     """Messages too large for XLA to combine, which by default run one at a time."""
-    mesh = local_topologies.gpu_mesh({"x": devices})
-    compiled = compile_for(list(mesh.devices), RING, local=8192, heads=8)
+    compiled = compile_for(devices_for("h100", devices), RING, local=8192, heads=8)
     assert_ring_is_hidden(verify_overlap(compiled), devices)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
-def test_temporary_memory_does_not_grow_with_the_number_of_devices(backward):
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "h100"])
+def test_temporary_memory_does_not_grow_with_the_number_of_devices(chip, backward):
     """With shards too large for the chip's fast memory, at a fixed length per device."""
     four, sixteen = (
-        compile_for(tpu_devices("v5e", n), RING, local=8192, heads=16, backward=backward)
+        compile_for(devices_for(chip, n), RING, local=8192, heads=16, backward=backward)
         .memory_analysis()
         .temp_size_in_bytes
         for n in (4, 16)
@@ -139,7 +139,7 @@ def test_lasp_on_tpus_gathers_states_only():
     def lightning(q, k, v):
         return context_lightning(q, k, v, jnp.full(2, -0.1), layout="zigzag")
 
-    overlap = verify_overlap(compile_for(tpu_devices("v5e", 4), lightning, local=256))
+    overlap = verify_overlap(compile_for(devices_for("v5e", 4), lightning, local=256))
     state = 2 * 2 * 128 * 128 * 4  # two runs of two heads
     assert overlap.moves == overlap.of("all-gather")  # forward and backward, or both at once
     assert {move.bytes for move in overlap.moves} == {4 * state}
