@@ -28,10 +28,10 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """The grid of programs."""
-    for name, devices, local, heads, which in itertools.product(
+    for name, devices, local, (heads, kv_heads), which in itertools.product(
         options.strategies, options.devices, options.per_device, options.heads, options.passes
     ):
-        yield Case(local * devices, *heads, which, name, devices)
+        yield Case(local * devices, heads, kv_heads, which, name, devices)
 
 
 def row_of(case: Case, chip: str) -> dict[str, Any]:
