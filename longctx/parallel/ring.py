@@ -85,17 +85,18 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
         return _gradients(shards, rows.of(heads.queries), *keys, own)
 
     first, *second = _halves(q.shape[2], k.shape[2])
-    arriving, _ = _move(shards, pack(k, v), None)
+    arriving = lax.ppermute(pack(k, v), shards.axis, shards.shift(1))
     kv, *local = lax.optimization_barrier((arriving, part(first, k, v)))
     dq, total = jnp.zeros(q.shape, lse.dtype), None
     for hop in range(1, shards.hops):
-        more = hop + 1 < shards.hops
-        arriving, moved = _move(shards, kv if more else None, total)
+        leaving = _join(kv if hop + 1 < shards.hops else None, total)
+        arriving = None if leaving is None else lax.ppermute(leaving, shards.axis, shards.shift(1))
         mask = shards.block(hop, batch, doc_start)
         dq_block, *dkv = _gradients(shards, rows, *unpack(kv, width), mask)
-        dq += dq_block
-        total = pack(*dkv) if moved is None else moved + pack(*dkv)
-        kv, dq, total = lax.optimization_barrier((arriving, dq, total))
+        # The message as it arrives: its parts could be taken out before the block is computed.
+        arriving, dq, dkv = lax.optimization_barrier((arriving, dq + dq_block, pack(*dkv)))
+        kv, moved = _split(arriving, kv, total)
+        total = dkv if moved is None else moved + dkv
     total, k, v = lax.optimization_barrier((total, k, v))  # the second half waits for the move
     home = lax.ppermute(total, shards.axis, shards.shift(1 - shards.hops))
     local += [part(heads, k, v) for heads in second]
@@ -151,24 +152,28 @@ def _gradients(
     )  # fmt: skip
 
 
-def _move(
-    shards: Shards, kv: Array | None, sums: Array | None
-) -> tuple[Array | None, Array | None]:
-    """Keys and values, and the sums of their gradients, one rank on: in one message.
+def _join(kv: Array | None, sums: Array | None) -> Array | None:
+    """Keys and values, and the sums of their gradients, as one message; None of nothing.
 
     A GPU hides one message at a time behind a kernel; a second one would wait for it.
     """
-
-    def send(x: Array) -> Array:
-        return lax.ppermute(x, shards.axis, shards.shift(1))
-
     if kv is None or sums is None:
-        return (None if kv is None else send(kv)), (None if sums is None else send(sums))
+        return sums if kv is None else kv
     words = _words(kv)
-    message = send(pack(words, lax.bitcast_convert_type(sums, words.dtype)))
-    words, sums = unpack(message, words.shape[-1])
-    kv = _from_words(words, kv.dtype, kv.shape[-1])
-    return kv, lax.bitcast_convert_type(sums, jnp.promote_types(kv.dtype, jnp.float32))
+    return pack(words, lax.bitcast_convert_type(sums, words.dtype))
+
+
+def _split(message: Array | None, kv: Array, sums: Array | None) -> tuple[Array, Array | None]:
+    """The parts of a message from `_join`, or `kv` and None where there is no such part.
+
+    They are like `kv` and `sums`, which this rank has sent.
+    """
+    if message is None or sums is None:
+        return kv if message is None else message, None
+    if message.shape == sums.shape:
+        return kv, message
+    words, moved = unpack(message, message.shape[-1] - sums.shape[-1])
+    return _from_words(words, kv.dtype, kv.shape[-1]), lax.bitcast_convert_type(moved, sums.dtype)
 
 
 def _words(x: Array) -> Array:
