@@ -91,9 +91,13 @@ class MlpConfig:
     kind: str = "glu"  # "glu": gated linear unit; "mlp": two layers
     width: int = 2816  # hidden features
     activation: Activation = "none"  # glu: none is SGLU (paper), silu is SwiGLU; mlp: gelu is usual
+    # Tokens of a device whose hidden features exist at once, recomputed in the backward; 0: all.
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         _choice("mlp kind", self.kind, ("glu", "mlp"))
+        if self.chunk < 0:
+            raise ValueError(f"mlp chunk={self.chunk} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -175,7 +175,7 @@ def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs)
         make_norm(c.norm, c.width, c.norm_eps, param_dtype=shared["param_dtype"], rngs=rngs)
         for _ in range(2)
     ]
-    return Block(mixer, mlp, *norms, axes=axes)
+    return Block(mixer, mlp, *norms, mlp_chunk=c.mlp.chunk, axes=axes)
 
 
 def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[str, Any]) -> Mixer:

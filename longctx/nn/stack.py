@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.nn.cache import Cache
 from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.parallel.mesh import sequence_axis
 
 type Remat = Literal["none", "block", "dots"]
 
@@ -42,7 +43,10 @@ class Mixer(Protocol):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); called like a mixer."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); called like a mixer.
+
+    With `mlp_chunk`, the MLP runs over so many tokens of a device at a time (`in_chunks`).
+    """
 
     def __init__(
         self,
@@ -51,9 +55,10 @@ class Block(nnx.Module):
         mixer_norm: Callable[[Array], Array],
         mlp_norm: Callable[[Array], Array],
         *,
+        mlp_chunk: int = 0,
         axes: Axes = DEFAULT_AXES,
     ):
-        self.mixer, self.mlp, self.axes = mixer, mlp, axes
+        self.mixer, self.mlp, self.mlp_chunk, self.axes = mixer, mlp, mlp_chunk, axes
         self.mixer_norm, self.mlp_norm = mixer_norm, mlp_norm
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
@@ -66,7 +71,37 @@ class Block(nnx.Module):
         """One layer."""
         mixed, cache = self.mixer(self.mixer_norm(x), cache, **where)
         x = place(x + mixed, self.axes.hidden)
-        return place(x + self.mlp(self.mlp_norm(x)), self.axes.hidden), cache
+        x = x + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x, self.mlp_chunk, self.axes)
+        return place(x, self.axes.hidden), cache
+
+
+def in_chunks(
+    function: Callable[[Array], Array], x: Float[Array, "B T M"], chunk: int, axes: Axes
+) -> Float[Array, "B T M"]:
+    """`function`, which treats tokens alike, on `chunk` tokens of each device at a time.
+
+    The backward pass computes each chunk again, so that what `function` makes of a token, such as
+    the wide features of an MLP, exists for `chunk` tokens only, whatever the length. Source: the
+    blockwise feed-forward of 2305.19370 and 2310.01889. `chunk` 0: all tokens at once, and kept.
+    """
+    batch, length, width = x.shape
+    devices, inside = sequence_axis(axes.seq)
+    shards = 1 if inside or length % devices else devices
+    local = length // shards
+    if not 0 < chunk < local:
+        return function(x)
+    padded = jnp.pad(
+        x.reshape(batch, shards, local, width), ((0, 0),) * 2 + ((0, -local % chunk), (0, 0))
+    )
+    parts = jnp.moveaxis(padded.reshape(batch, shards, -1, chunk, width), 2, 0)
+
+    @jax.checkpoint
+    def one(part: Float[Array, "B P C M"]) -> Float[Array, "B P C M"]:
+        tokens = place(part.reshape(batch, shards * chunk, width), axes.hidden)
+        return function(tokens).reshape(part.shape)
+
+    done = jnp.moveaxis(jax.lax.map(one, parts), 0, 2).reshape(padded.shape)
+    return done[:, :, :local].reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
