@@ -129,11 +129,7 @@ def report_of(config: RunConfig, topology: str) -> dict[str, Any]:
         first = str(error).split("\n", maxsplit=1)[0]
         raise UserError(f"the step does not compile for {topology}: {first}") from error
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    assert memory is not None, "the TPU compiler reports memory"
-    # The state is donated: outputs that alias arguments need no memory of their own.
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+    memory = bytes_per_device(compiled)
     available = HBM.get(topology.partition(":")[0])
     length = config.data.sequence_length
     flops = step_flops(config.model, length, config.tokens_per_step) / len(devices)
@@ -147,17 +143,25 @@ def report_of(config: RunConfig, topology: str) -> dict[str, Any]:
         "sequence_length": length,
         "tokens_per_step": config.tokens_per_step,
         "compile_seconds": seconds,
-        "bytes_per_device": {
-            "state_and_batch": memory.argument_size_in_bytes,
-            "temporary": memory.temp_size_in_bytes,
-            "outputs": outputs,
-            "all": needed,
-            "available": available,
-        },
-        "fits": None if available is None else needed <= available,
+        "bytes_per_device": memory | {"available": available},
+        "fits": None if available is None else memory["all"] <= available,
         "flops_per_device": flops,
         "seconds_at_peak": flops / peak if peak else None,
         "collectives": collectives(verify_overlap(compiled).moves, mesh),
+    }
+
+
+def bytes_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Memory that a compiled training step needs, by the compiler."""
+    memory = compiled.memory_analysis()
+    assert memory is not None, "compilers for accelerators report memory"
+    # The state is donated: outputs that alias arguments need no memory of their own.
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "state_and_batch": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "outputs": outputs,
+        "all": memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
     }
 
 

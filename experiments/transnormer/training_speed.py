@@ -65,7 +65,7 @@ class TrainingSpeed:
                     ))
                     for length in lengths
                 ]  # fmt: skip
-                rows += _time_all(name, configs, mesh)
+                rows += time_steps(name, configs, mesh)
         return rows
 
     def table(self, rows: Sequence[Row]) -> str:
@@ -112,7 +112,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def _time_all(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) -> Sequence[Row]:
+def time_steps(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) -> Sequence[Row]:
     """Time one model at all lengths; they share one training state."""
     rng = np.random.default_rng(0)
     batches = [_random_batch(config, rng, mesh) for config in configs]
@@ -163,7 +163,7 @@ def _random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.shardin
         "doc_start": np.zeros(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
     }
-    return put_batch(batch, mesh)
+    return put_batch(batch, mesh, config.parallel.layout)
 
 
 EXPERIMENT = TrainingSpeed()

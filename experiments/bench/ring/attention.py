@@ -1,199 +1,75 @@
-"""Attention over sharded sequences against its ideal: `python -m experiments.bench.ring`.
-
-Causal attention in bf16, B = 1, D = 128, on all devices of this machine: each strategy of
-`context_attention`, forward and forward + backward. The ideal is the time of one device divided
-by the number of devices, where one device's time is the smaller of our own kernel's and cuDNN's.
-
-The ring is also run with its moves replaced by nothing (compute only) and with its blocks
-replaced by nothing (communication only):
-
-    overlap = (compute + communication - full) / min(compute, communication)
-
-`--xla NAME=VALUE` compiles with an XLA option, such as xla_gpu_use_memcpy_local_p2p=true. Writes
-one row per line (ring.jsonl), a chart beside it, and prints a table.
-"""
+"""Times of attention over sharded sequences: against one device, in three parts, and its errors."""
 
 import argparse
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
-from experiments.bench._timing import device_info, time_ms, write_rows
-from longctx.parallel import Layout, context_attention, make_mesh, ring
-from pallas_kernels._pallas import unify_varying, varying_axes
+from experiments.bench._timing import time_ms
+from experiments.bench.ring.programs import ONE_DEVICE, PASSES, WIDTH, Case
 from pallas_kernels.flash_attention import flash_attention
 
-WIDTH = 128
-RESULTS = Path(__file__).parent / "results"
-PASSES = ("forward", "forward_backward")
+# Float64 attention of longer sequences takes too long.
+LONGEST_CHECKED = 32768
+RESULTS = ("o", "dq", "dk", "dv")
 
 
-class Case(NamedTuple):
-    """One program to time."""
-
-    length: int
-    heads: int
-    kv_heads: int
-    name: Any  # a strategy, "one device: ours", "one device: cudnn"
-    part: str  # "full", "compute" or "communication"
-    which: str  # of PASSES
-
-
-def attend(case: Case, devices: int) -> Callable[..., Any]:
-    """The operator of `case`, on q, k, v."""
-    if case.name == "one device: ours":
-        return flash_attention
-    if case.name == "one device: cudnn":
-        return functools.partial(
-            jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
-        )
-    return functools.partial(context_attention, strategy=case.name, layout=layout_of(case, devices))
-
-
-def layout_of(case: Case, devices: int) -> Layout:
-    """The layout in which a strategy has equal work on all devices."""
-    return Layout("zigzag", {"ulysses": 1, "usp": devices // 2}.get(case.name, devices))
-
-
-def program(case: Case, devices: int) -> Callable[..., Any]:
-    """What is timed: the operator, or the operator and its gradients."""
-    operator = attend(case, devices)
-
-    def both(q: Array, k: Array, v: Array, do: Array) -> Any:
-        o, pull = jax.vjp(operator, q, k, v)
-        return o, *pull(do)
-
-    def forward(q: Array, k: Array, v: Array, do: Array) -> Any:
-        return operator(q, k, v)
-
-    return forward if case.which == "forward" else both
-
-
-def without(part: str) -> ExitStack:
-    """The ring with its moves ("compute" only) or its blocks ("communication" only) left out.
-
-    What is left out hands on its inputs, so that the rest happens in the same order.
-    """
-    stack = ExitStack()
-    if part == "compute":
-
-        def stay(x: Any, *_: Any) -> Any:
-            return lax.optimization_barrier(x)
-
-        stack.enter_context(mock.patch.object(ring.lax, "ppermute", stay))
-    if part == "communication":
-
-        def forward(q: Array, k: Array, v: Array, *, out_dtype: Any = None, **how: Any) -> Any:
-            o, lse = how.get("carry") or (
-                jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32),
-                jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
-            )
-            o, lse = unify_varying((o.astype(out_dtype or o.dtype), lse), varying_axes(q))
-            return lax.optimization_barrier(((o, lse), k, v))[0]
-
-        def backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:
-            gradients = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-            gradients = unify_varying(gradients, varying_axes(q))
-            return lax.optimization_barrier((gradients, k, v, rows))[0]
-
-        stack.enter_context(mock.patch.object(ring, "block_forward", forward))
-        stack.enter_context(mock.patch.object(ring, "block_backward", backward))
-    return stack
-
-
-def operands(case: Case, mesh: jax.sharding.Mesh | None) -> list[Array]:
-    """Random q, k, v, do; over the mesh's devices, or on the first device."""
-    place = jax.devices()[0] if mesh is None else NamedSharding(mesh, P(None, "seq"))
-    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-
-    def draw(seed: int, heads: int) -> Array:
-        shape = (1, case.length, heads, WIDTH)
-        make = jax.jit(
-            lambda: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16),
-            out_shardings=place if mesh is not None else None,
-        )
-        return make()
-
-    return [draw(*pair) for pair in enumerate(heads)]
-
-
-def cases(options: argparse.Namespace, devices: int) -> Iterator[Case]:
-    """What to run, in the order of the table."""
-    for length in options.lengths:
-        for heads, kv_heads in options.heads:
-            for which in PASSES[:1] if options.forward_only else PASSES:
-                case = functools.partial(Case, length, heads, kv_heads, which=which)
-                if jax.default_backend() == "gpu":
-                    yield case("one device: cudnn", "full")
-                yield case("one device: ours", "full")
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """What to run, in the order of the table: one device first, then the strategies beside it."""
+    many = [n for n in options.devices if n > 1]
+    devices_of: dict[int, set[int]] = {length: set(many) for length in options.totals}
+    for n in many:
+        for local in options.per_device:
+            devices_of.setdefault(n * local, set()).add(n)
+    for length, (heads, kv_heads) in (
+        (length, pair) for length in sorted(devices_of) for pair in options.heads
+    ):
+        for which in PASSES:
+            case = functools.partial(Case, length, heads, kv_heads, which)
+            if jax.default_backend() == "gpu":
+                yield case("cudnn")
+            yield case("ours")
+            for n in sorted(devices_of[length]):
                 for name in options.strategies:
-                    if name != "usp" or devices >= 4:
-                        yield case(name, "full")
-                if options.parts and "ring" in options.strategies:
-                    yield case("ring", "compute")
-                    yield case("ring", "communication")
+                    if name != "usp" or n >= 4:
+                        yield case(name, n)
+                if "ring" in options.strategies:
+                    yield case("ring", n, "compute")
+                    yield case("ring", n, "communication")
 
 
-def compile_all(
-    todo: list[Case], devices: int, xla: dict[str, str]
-) -> dict[Case, concurrent.futures.Future[Any]]:
-    """All programs: traced here one by one, compiled by a pool of threads."""
-    mesh = make_mesh(seq=devices)
-    pool = concurrent.futures.ThreadPoolExecutor(8)
-    compiling = {}
-    for case in todo:
-        one = case.name.startswith("one device")
-        place = None if one else NamedSharding(mesh, P(None, "seq"))
-        q, k = (
-            jax.ShapeDtypeStruct((1, case.length, h, WIDTH), jnp.bfloat16, sharding=place)
-            for h in (case.heads, case.kv_heads)
-        )
-        with ExitStack() as stack:
-            stack.enter_context(without(case.part))
-            if not one:
-                stack.enter_context(jax.set_mesh(mesh))
-            lowered = jax.jit(program(case, devices)).lower(q, k, k, q)
-        compiling[case] = pool.submit(lowered.compile, compiler_options=xla or None)
-    return compiling
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per program: its time, its share of the ideal, its errors, and the ring's overlap.
 
+    The ideal is the smaller of our own kernel's and cuDNN's time on one device, divided by the
+    number of devices. A ring's last row has its overlap, from its full time and those with only
+    its blocks and only its moves:
 
-def measure(options: argparse.Namespace, devices: int) -> Iterator[dict[str, Any]]:
-    """One row per program, with its share of the ideal."""
-    todo = list(cases(options, devices))
-    compiling = compile_all(todo, devices, dict(options.xla))
-    concurrent.futures.wait(compiling.values())  # compiling would disturb what is timed
-    mesh = make_mesh(seq=devices)
+        overlap = (compute + communication - full) / min(compute, communication)
+    """
+    todo = list(cases(options))
+    programs = compile_all(todo, dict(options.xla))
     times: dict[Case, float] = {}
+    exact = functools.lru_cache(maxsize=1)(float64)
     for case in todo:
-        one = case.name.startswith("one device")
-        times[case] = time_ms(
-            compiling[case].result(), *operands(case, None if one else mesh), batches=5
-        )
-        single = [
-            times[other]
-            for name in ("one device: cudnn", "one device: ours")
-            if (other := case._replace(name=name, part="full")) in times
-        ]
-        row = case._asdict() | {"devices": devices, "ms": times[case], "xla": dict(options.xla)}
-        if not one and case.part == "full":
-            row["ideal_ms"] = min(single) / devices
+        program, one = programs[case], case._replace(devices=1, part="full")
+        mesh = case.mesh(jax.devices())
+        times[case] = time_ms(program, *draw(case, mesh), batches=options.batches)
+        row = {"group": "attention", **case._asdict(), "ms": times[case], "xla": dict(options.xla)}
+        if case.part == "full" and case.devices > 1:
+            single = (times.get(one._replace(name=name), np.inf) for name in ONE_DEVICE)
+            row["ideal_ms"] = min(single) / case.devices
             row["of_ideal"] = row["ideal_ms"] / times[case]
-            if options.check and case.which == "forward_backward":
-                ours = compiling[case._replace(name="one device: ours")].result()
-                row["errors"] = errors(case, compiling[case].result(), ours, mesh)
+        if case.part == "full" and case.which == PASSES[1] and case.length <= LONGEST_CHECKED:
+            row["errors"] = errors(case, program, *exact(one._replace(name="ours")))
         if case.part == "communication":
             full, compute = (times[case._replace(part=p)] for p in ("full", "compute"))
             hidden = compute + times[case] - full
@@ -201,74 +77,90 @@ def measure(options: argparse.Namespace, devices: int) -> Iterator[dict[str, Any
         yield row
 
 
+def compile_all(todo: Sequence[Case], xla: dict[str, str]) -> dict[Case, Any]:
+    """All programs, before any is timed: traced one by one, compiled by a pool of threads."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        compiling = {
+            case: pool.submit(case.lower(jax.devices()).compile, compiler_options=xla or None)
+            for case in todo
+        }
+    return {case: done.result() for case, done in compiling.items()}
+
+
+def draw(case: Case, mesh: jax.sharding.Mesh) -> list[Array]:
+    """Random q, k, v, do on the devices of `mesh`."""
+    return [
+        jax.jit(
+            lambda key, like=like: jax.random.normal(key, like.shape, like.dtype),
+            out_shardings=like.sharding,
+        )(jax.random.key(seed))
+        for seed, like in enumerate(case.operands(mesh))
+    ]
+
+
+def float64(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Operands of `case`, tokens in position order, and o, dq, dk, dv in float64."""
+    args = [np.asarray(x) for x in draw(case, case.mesh(jax.devices()))]
+
+    @jax.jit
+    def both(q: Array, k: Array, v: Array, do: Array) -> Any:
+        o, pull = jax.vjp(functools.partial(flash_attention, backend="xla"), q, k, v)
+        return o, *pull(do)
+
+    with jax.enable_x64(True):
+        return args, [np.asarray(x) for x in both(*(jnp.asarray(x, jnp.float64) for x in args))]
+
+
 def errors(
-    case: Case, sharded: Callable[..., Any], single: Callable[..., Any], mesh: jax.sharding.Mesh
-) -> list[float]:
-    """Relative RMS differences of o, dq, dk, dv to one device's, from the same operands."""
-    layout, args = layout_of(case, mesh.size), operands(case, mesh)
+    case: Case, program: Any, args: Sequence[np.ndarray], exact: Sequence[np.ndarray]
+) -> dict[str, float]:
+    """Relative RMS errors of o, dq, dk, dv against float64."""
+    like = case.operands(case.mesh(jax.devices()))
+    placed = [
+        jax.device_put(case.layout.apply(x), abstract.sharding)
+        for x, abstract in zip(args, like, strict=True)
+    ]
+    got = (case.layout.invert(np.asarray(x)).astype(np.float64) for x in program(*placed))
+    return {
+        name: float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        for name, a, b in zip(RESULTS, got, exact, strict=True)
+    }
 
-    def in_order(x: Array) -> np.ndarray:
-        return layout.invert(np.asarray(x))
 
-    got = [in_order(x).astype(np.float32) for x in sharded(*args)]
-    want = [np.asarray(x, np.float32) for x in single(*map(jnp.asarray, map(in_order, args)))]
-    pairs = zip(got, want, strict=True)
-    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs]
+def size_of(row: dict[str, Any]) -> str:
+    """Devices and tokens of each."""
+    return f"{row['devices']} x {row['length'] // row['devices']}"
 
 
-def draw_chart(rows: list[dict[str, Any]], path: Path) -> None:
+def shown(row: dict[str, Any]) -> str:
+    """A row as a line of the printed table."""
+    said = f"{row['of_ideal']:7.1%} of ideal" if "of_ideal" in row else ""
+    said += f" overlap {row['overlap']:.1%}" if "overlap" in row else ""
+    said += f" error {max(row['errors'].values()):.1e}" if "errors" in row else ""
+    where = (
+        f"{row['devices']} x {row['length'] // row['devices']:6} {row['heads']}:{row['kv_heads']}"
+    )
+    program = f"{row['which']:16} {row['name']:10} {row['part']:13}"
+    return f"{where:17} {program} {row['ms']:9.3f} ms {said}"
+
+
+def draw_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Share of the ideal by strategy, one panel per pass."""
     rows = [row for row in rows if "of_ideal" in row]
-    passes = [which for which in PASSES if any(row["which"] == which for row in rows)]
-    figure, panels = plt.subplots(1, len(passes), figsize=(5 * len(passes), 3.5), squeeze=False)
-    for panel, which in zip(panels[0], passes, strict=True):
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, which in zip(figure.subplots(1, 2, sharey=True), PASSES, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows):
             line = [row for row in rows if row["which"] == which and row["name"] == name]
-            labels = [f"{r['length'] // 1024}K\n{r['heads']}:{r['kv_heads']}" for r in line]
-            panel.plot(labels, [row["of_ideal"] for row in line], "o-", label=name)
-        panel.set(title=which.replace("_", " + "), ylabel="share of ideal", ylim=(0, 1.1))
-        panel.axhline(0.95, color="grey", linewidth=0.5)
-        panel.legend()
-    figure.suptitle(f"{rows[0]['devices']} x {device_info()['device']}, total tokens")
-    figure.tight_layout()
+            axes.plot(
+                [f"{size_of(r)}\n{r['heads']}:{r['kv_heads']}" for r in line],
+                [row["of_ideal"] for row in line],
+                "o",
+                label=name,
+            )
+        axes.set(title=which.replace("_", " + "), ylabel="share of ideal", ylim=(0, 1.1))
+        axes.axhline(0.95, color="grey", linewidth=0.5)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    width = f"D = {WIDTH}, devices x tokens of each"
+    figure.suptitle(f"causal attention on {rows[0]['device']}, {width}, heads")
     figure.savefig(path, dpi=150)
-
-
-def heads_pair(text: str) -> tuple[int, int]:
-    """ "64:8" as (64, 8)."""
-    heads, kv_heads = text.split(":")
-    return int(heads), int(kv_heads)
-
-
-def main() -> None:
-    """Time, print, and write the rows and the chart."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072], help="in all")
-    parser.add_argument("--heads", type=heads_pair, nargs="+", default=[(16, 16)])
-    parser.add_argument("--strategies", nargs="+", default=["ring", "all_gather", "ulysses", "usp"])
-    parser.add_argument("--no-parts", dest="parts", action="store_false", help="full runs only")
-    parser.add_argument("--check", action="store_true", help="compare with one device, too")
-    parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument(
-        "--xla", type=lambda x: tuple(x.split("=", 1)), nargs="*", default=[], metavar="NAME=VALUE"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--name", default="ring", help="of the results' files")
-    options = parser.parse_args()
-    rows = []
-    for row in measure(options, len(jax.devices())):
-        rows.append(row)
-        share = f"{row['of_ideal']:7.1%} of ideal" if "of_ideal" in row else ""
-        share += f" errors {max(row['errors']):.1e}" if "errors" in row else ""
-        share += f" overlap {row['overlap']:.1%}" if "overlap" in row else ""
-        size = f"{row['length']:7} {row['heads']}:{row['kv_heads']}"
-        print(f"{size} {row['which']:16} {row['name']:17} {row['part']:13}", end=" ")
-        print(f"{row['ms']:9.3f} ms {share}", flush=True)
-        write_rows(options.out / f"{options.name}.jsonl", rows)
-    draw_chart(rows, options.out / f"{options.name}.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,138 @@
+"""Whole training steps of models whose sequences lie on several devices: speed, and how long.
+
+Both models have 385M parameters, as in TransNormerLLM's ablations. TNL's layers exchange states
+(LASP-2), the Transformer's run a ring; blocks are recomputed in the backward pass.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from experiments.transnormer.base import PAPER, SMOKE
+from experiments.transnormer.training_speed import time_steps
+from longctx.data.config import DataConfig
+from longctx.models import ParallelConfig, transformer
+from longctx.parallel.mesh import MeshConfig, make_mesh
+from longctx.plan import bytes_per_device, compile_step
+from longctx.train.config import RunConfig
+
+# What the runtime and fragmentation take of a device's memory, roughly.
+USABLE = 0.95
+# Lengths are multiples of it, on each device.
+GRAIN = 1024
+
+
+def models(smoke: bool) -> dict[str, RunConfig]:
+    """The runs by name; their length and mesh are set by `over`."""
+    base = SMOKE if smoke else PAPER
+    mlp = dataclasses.replace(base.model.mlp, chunk=GRAIN)
+    tnl = dataclasses.replace(base.model, remat="block", mlp=mlp)
+    return {
+        name: dataclasses.replace(base, model=model)
+        for name, model in (("TNL", tnl), ("Transformer", transformer(tnl)))
+    }
+
+
+def over(run: RunConfig, devices: int, local: int) -> RunConfig:
+    """`run` on one sequence of `local` tokens on each of `devices`."""
+    return dataclasses.replace(
+        run,
+        data=DataConfig(sequence_length=devices * local, batch_size=1),
+        mesh=MeshConfig(seq=devices),
+        parallel=ParallelConfig(strategy="ring", layout="zigzag"),
+    )
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Tokens per second of a device, and beside it that of one device at the same length each."""
+    alone: dict[tuple[str, int], float] = {}
+    for devices in options.devices:
+        mesh = make_mesh(seq=devices)
+        for name, run in models(options.smoke).items():
+            configs = [over(run, devices, local) for local in options.per_device]
+            with jax.set_mesh(mesh):
+                rows = time_steps(name, configs, mesh)
+            for local, row in zip(options.per_device, rows, strict=True):
+                speed = row["tokens_per_second"] / devices
+                first = alone.setdefault((name, local), speed)
+                yield {
+                    "group": "training",
+                    **row,
+                    "devices": devices,
+                    "per_device": local,
+                    "tokens_per_second_per_device": speed,
+                    "of_first": speed / first,
+                }
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row as a line of the printed table."""
+    return (
+        f"{row['devices']} x {row['per_device']:6}      training {row['model']:12} "
+        f"{row['tokens_per_second_per_device']:12,.0f} tokens/s of a device, "
+        f"{row['of_first']:.1%} of the first"
+    )
+
+
+def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The largest total length on which a step runs: what the compiler says fits, then tried."""
+    limit = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
+    alone: dict[str, float] = {}
+    for devices in options.devices:
+        for name, run in models(options.smoke).items():
+            row = longest(run, devices, jax.devices(), limit)
+            local = row["per_device"]
+            while not _runs(over(run, devices, local)):
+                local -= max(GRAIN, local // 64 // GRAIN * GRAIN)
+            length = local * devices
+            first = alone.setdefault(name, length / devices)
+            row |= {"model": name, "per_device": local, "length": length, "ran": True}
+            yield row | {"of_first": length / devices / first}
+
+
+def longest(
+    run: RunConfig, devices: int, kind: Any, limit: float, probes: tuple[int, int] = (16, 32)
+) -> dict[str, Any]:
+    """The most tokens per device for which a step's memory, by the compiler, stays in `limit`.
+
+    Memory is taken to be linear in the length, from programs of two lengths, `probes` grains.
+    """
+    mesh = make_mesh(seq=devices, devices=kind)
+    lengths = [GRAIN * probe for probe in probes]
+    needed = [bytes_per_device(compile_step(over(run, devices, n), mesh))["all"] for n in lengths]
+    per_token = (needed[1] - needed[0]) / (lengths[1] - lengths[0])
+    local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // GRAIN * GRAIN
+    return {
+        "group": "longest",
+        "devices": devices,
+        "per_device": local,
+        "length": devices * local,
+        "memory_bytes": limit,
+        "bytes_per_token": per_token,
+        "fixed_bytes": needed[0] - per_token * lengths[0],
+        "probed": dict(zip(map(str, lengths), needed, strict=True)),
+    }
+
+
+def _runs(config: RunConfig) -> bool:
+    """Whether a training step fits into the devices that are there."""
+    mesh = make_mesh(config.mesh)
+    try:
+        with jax.set_mesh(mesh):
+            time_steps("", [config], mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+    return True
+
+
+def shown_longest(row: dict[str, Any]) -> str:
+    """A row as a line of the printed table."""
+    return (
+        f"{row['devices']} devices        longest  {row['model']:12} {row['length']:12,} tokens in "
+        f"all, {row['of_first']:.1%} of the first per device"
+    )
