@@ -99,12 +99,17 @@ PAPERS: dict[str, list[Section]] = {
                 f"Sparse flash attention, {length} tokens",
                 "Dropping and hashing beat dense attention, everything included.",
                 lines.by_operator("cudnn dense", "hash", "drop", "our dense"),
-                f"sparse --lengths {length}",
+                "sparse",
             )
             for length in (8192, 16384, 32768)
         ),
-        experiment("sparse_flash/runtime", lines.by_operator("dense", "hash", "drop"), "paper"),
+        experiment(
+            "sparse_flash/runtime",
+            lines.by_operator("cudnn dense", "our dense", "hash", "drop"),
+            "paper",
+        ),
         experiment("sparse_flash/coverage", lines.coverage, "paper", needs="a CPU"),
+        experiment("sparse_flash/tiles", lines.tiles, "paper", needs="a CPU"),
         experiment("sparse_flash/language_model", lines.ablation),
     ],
     "Attention Tensorization (2410.20926)": [

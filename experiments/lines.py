@@ -148,6 +148,16 @@ def ablation(rows: Sequence[Row]) -> Iterator[Line]:
 
 def coverage(rows: Sequence[Row]) -> Iterator[Line]:
     """Share of the pairs that a method ought to compute and does."""
+    rivals = {"chunks": "chunks of 64", "mean_chunks": "chunks of length / buckets"}
     for r in rows:
-        shares = (f"{r['chunks']:.3f}", f"{r['hash']:.3f}")
-        yield Line(f"pairs computed, {r['length']} tokens", "Reformer's chunks of 64", *shares)
+        for key, name in rivals.items():
+            what = f"pairs computed, {r['buckets']} buckets, {r['length']} tokens"
+            yield Line(what, f"Reformer's {name}", f"{r[key]:.3f}", f"{r['hash']:.3f}")
+
+
+def tiles(rows: Sequence[Row]) -> Iterator[Line]:
+    """Tiles that intervals visit, beside those of the released kernels."""
+    for r in rows:
+        theirs, ours = r["released"], r["intervals"]
+        what = f"tiles a head visits, {r['operator']}, {r['length']} tokens"
+        yield Line(what, "the released bounds", f"{theirs:.0f}", f"{ours:.0f}", ours / theirs)

@@ -62,11 +62,13 @@ def origin() -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` as JSONL, each with the `origin` of this process."""
+    """Write `rows` as JSONL, each at once and with the `origin` of this process."""
     source = origin()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as f:
-        f.writelines(json.dumps({**row, **source}) + "\n" for row in rows)
+        for row in rows:
+            f.write(json.dumps({**row, **source}) + "\n")
+            f.flush()  # what was measured stays if the rest is killed
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,15 +1,24 @@
-"""Timing of jitted functions."""
+"""Compiling and timing jitted functions."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
 from longctx.provenance import device_info, read_rows, write_rows
 
-__all__ = ["device_info", "read_rows", "time_ms", "write_rows"]
+__all__ = ["compile_all", "device_info", "read_rows", "time_ms", "write_rows"]
+
+
+def compile_all(
+    programs: Iterable[tuple[jax.stages.Wrapped, tuple[Any, ...]]],
+) -> list[jax.stages.Compiled]:
+    """Every jitted function compiled for its arguments, as many at once as there are cores."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda program: program[0].lower(*program[1]).compile(), programs))
 
 
 def time_ms(

@@ -3,39 +3,50 @@
 Forward and forward + backward of causal attention, 16 heads of 64 in bf16: dense by cuDNN (through
 jax.nn) and by our own kernel, hash-sparse with 16 and 64 buckets, and 25%, 50%, 75% of queries and
 keys dropped. Every sparse time includes hashing, ordering and all row moves; keep masks are given.
-Beside the times stand the tiles of 128 x 128 scores each visits, which no hardware changes.
+Beside the times stand the tiles of 128 x 128 scores each visits, which no hardware changes, and the
+kept rows lost to capacities. One arm orders by a general sort instead of by counting.
 
-With --parts the pieces of one hash-sparse call alone: hashing, ordering by counting and by a
-general sort, moving q, k and v, and the attention between them.
+With --parts the pieces of one hash-sparse call alone: hashing, both ways of ordering, moving q, k
+and v, and the attention between them.
 """
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from experiments.bench._timing import time_ms, write_rows
+from experiments.bench._timing import compile_all, time_ms, write_rows
 from longctx.attention import rows as row_moves
 from longctx.attention import sparse
+from longctx.attention.intervals import Plan, attend, places, plan_drop, plan_hash, visited_tiles
 from pallas_kernels.flash_attention import flash_attention
 
 TOKENS, HEADS, WIDTH, TILE = 32768, 16, 64, 128
 RESULTS = Path(__file__).parent / "results"
 
 
-def inputs(batch: int, length: int) -> list[Array]:
+class Arm(NamedTuple):
+    """One operator: `function(q, k, v, *rest)`, the tiles that a head visits, the rows lost."""
+
+    name: str
+    function: Callable[..., Array]
+    rest: tuple[Array, ...]
+    tiles: float
+    overflow: int = 0
+
+
+def inputs(batch: int, length: int, heads: int = HEADS, width: int = WIDTH) -> list[Array]:
     """Random q, k, v and do."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shape = (batch, length, HEADS, WIDTH)
-    return [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    return [jax.random.normal(key, (batch, length, heads, width), jnp.bfloat16) for key in keys]
 
 
-def both(operator: Callable[..., Array]) -> Callable[..., Any]:
+def both(operator: Callable[..., Array]) -> jax.stages.Wrapped:
     """Forward and backward of `operator(q, k, v, *rest)` for a given cotangent."""
 
     def run(q: Array, k: Array, v: Array, do: Array, *rest: Array) -> Any:
@@ -45,43 +56,90 @@ def both(operator: Callable[..., Array]) -> Callable[..., Any]:
     return jax.jit(run)
 
 
-def operators(batch: int, length: int) -> Iterator[tuple[str, Callable[..., Array], list, float]]:
-    """Name, operator, its further arguments, tiles visited by one head."""
-    dense_tiles = length // TILE * (length // TILE + 1) / 2
+def dense_arms(length: int) -> Iterator[Arm]:
+    """cuDNN where there is a GPU, and our own kernel."""
+    tiles = -(-length // TILE)
     if jax.default_backend() == "gpu":
         cudnn = functools.partial(
             jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
         )
-        yield "cudnn dense", cudnn, [], dense_tiles
+        yield Arm("cudnn dense", cudnn, (), tiles * (tiles + 1) / 2)
 
     def dense(q: Array, k: Array, v: Array) -> Array:
         return cast(Array, flash_attention(q, k, v))
 
-    yield "our dense", dense, [], dense_tiles
-    q, key = inputs(batch, length)[0], jax.random.key(1)
-    for buckets in (16, 64):
-
-        def hashed(q: Array, k: Array, v: Array, key: Array, buckets: int = buckets) -> Array:
-            return sparse.hash_sparse_attention(q, k, v, num_buckets=buckets, key=key)
-
-        codes = sparse.hash_rows(q, sparse.hash_matrix(key, HEADS, WIDTH, buckets))
-        plan = jax.jit(functools.partial(sparse.plan_hash, k_hashes=None, num_buckets=buckets))
-        yield f"hash nb={buckets}", hashed, [key], mean_tiles(plan(codes))
-    for dropped in (0.25, 0.5, 0.75):
-        capacity = min(length, int((1 - dropped) * length) + 256)
-        keep = [
-            jax.random.uniform(key, (batch, length, HEADS)) >= dropped
-            for key in jax.random.split(key)
-        ]
-        sizes = {"capacity_q": capacity, "capacity_k": capacity}
-        plan = jax.jit(functools.partial(sparse.plan_drop, **sizes))(*keep)
-        drop = functools.partial(sparse.qk_sparse_attention, **sizes)
-        yield f"drop {dropped}", drop, keep, mean_tiles(plan)
+    yield Arm("our dense", dense, (), tiles * (tiles + 1) / 2)
 
 
-def mean_tiles(plan: sparse.Plan) -> float:
-    """Tiles visited, per head."""
-    return float(sparse.visited_tiles(plan, TILE).mean())
+def hash_arm(
+    buckets: int, hashes: Int[Array, "B T H"], key: Array | None = None, *, strict: bool = True
+) -> Arm:
+    """Hash-sparse attention; with `key`, which makes `hashes`, hashing is part of the operator."""
+    attention = functools.partial(sparse.hash_sparse_attention, num_buckets=buckets, strict=strict)
+
+    def of_hashes(q: Array, k: Array, v: Array, hashes: Array) -> Array:
+        return attention(q, k, v, hashes=hashes)
+
+    def of_key(q: Array, k: Array, v: Array, key: Array) -> Array:
+        return attention(q, k, v, key=key)
+
+    function, given = (of_hashes, hashes) if key is None else (of_key, key)
+    plan = jax.jit(functools.partial(plan_hash, num_buckets=buckets, strict=strict))(hashes, None)
+    return Arm(f"hash nb={buckets}", function, (given,), _mean_tiles(plan))
+
+
+def drop_arm(share: float, rows: tuple[int, int, int], key: Array) -> Arm:
+    """Dropping a share of queries and keys, rows [B, T, H], with 256 places to spare."""
+    capacity = min(rows[1], int((1 - share) * rows[1]) + 256)
+    sizes = {"capacity_q": capacity, "capacity_k": capacity}
+    keep = tuple(jax.random.uniform(k, rows) >= share for k in jax.random.split(key))
+    plan = jax.jit(functools.partial(plan_drop, **sizes))(*keep)
+    lost = sum(int(sparse.overflow(x, capacity).sum()) for x in keep)
+    drop = functools.partial(sparse.qk_sparse_attention, **sizes)
+    return Arm(f"drop {share}", drop, keep, _mean_tiles(plan), lost)
+
+
+def _mean_tiles(plan: Plan) -> float:
+    return float(visited_tiles(plan, TILE).mean())
+
+
+def plan_by_sort(hashes: Int[Array, "B T H"]) -> Plan:
+    """The tied, strict plan of `plan_hash`, ordered by a general sort."""
+    codes = jnp.swapaxes(hashes, 1, 2)
+    length = codes.shape[-1]
+    time = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 2)
+    ordered = jax.lax.sort(codes * length + time, is_stable=False)
+    source, bucket = ordered % length, ordered // length
+    begins = jnp.diff(bucket, axis=-1, prepend=-1) != 0
+    lo = jax.lax.cummax(jnp.where(begins, time, 0), axis=2)
+    slot = row_moves.invert(source, length)
+    empty = [(0, 0), (0, 0), (0, places(length) - length)]
+    q_source = jnp.pad(source, empty, constant_values=length)
+    return Plan(q_source, slot, source, slot, jnp.pad(lo, empty), jnp.pad(time, empty))
+
+
+def sort_arm(buckets: int, hashes: Int[Array, "B T H"], key: Array) -> Arm:
+    """`hash_arm` with the order from a general sort."""
+
+    def sorted_hash(q: Array, k: Array, v: Array, key: Array) -> Array:
+        matrix = sparse.hash_matrix(key, q.shape[2], q.shape[3], buckets)
+        return attend(plan_by_sort(sparse.hash_rows(q, matrix)), q, k, v)
+
+    tiles = _mean_tiles(jax.jit(plan_by_sort)(hashes))
+    return Arm(f"hash nb={buckets}, general sort", sorted_hash, (key,), tiles)
+
+
+def arms(batch: int, length: int) -> Iterator[Arm]:
+    """Dense first, then what targets are set for, then the rest: a run cut short has those."""
+    yield from dense_arms(length)
+    q, key, rows = inputs(batch, length)[0], jax.random.key(1), (batch, length, HEADS)
+    hashes = {n: sparse.hash_rows(q, sparse.hash_matrix(key, HEADS, WIDTH, n)) for n in (16, 64)}
+    yield hash_arm(16, hashes[16], key)
+    yield drop_arm(0.5, rows, key)
+    yield hash_arm(64, hashes[64], key)
+    yield sort_arm(16, hashes[16], key)
+    yield drop_arm(0.25, rows, key)
+    yield drop_arm(0.75, rows, key)
 
 
 def compare(batch: int, length: int, only: str) -> Iterator[dict[str, Any]]:
@@ -90,20 +148,26 @@ def compare(batch: int, length: int, only: str) -> Iterator[dict[str, Any]]:
     Beside the first, operators whose name lacks `only` are left out.
     """
     q, k, v, do = inputs(batch, length)
+    first, *others = arms(batch, length)
+    chosen = [first, *(arm for arm in others if only in arm.name)]
+    args = [((q, k, v, *arm.rest), (q, k, v, do, *arm.rest)) for arm in chosen]
+    programs = compile_all(
+        (program, part)
+        for arm, pair in zip(chosen, args, strict=True)
+        for program, part in zip((jax.jit(arm.function), both(arm.function)), pair, strict=True)
+    )
     dense = None
-    for name, operator, rest, tiles in operators(batch, length):
-        if dense is not None and only not in name:
-            continue
-        forward = time_ms(jax.jit(operator), q, k, v, *rest)
-        total = time_ms(both(operator), q, k, v, do, *rest)
-        dense = dense or (forward, total)
+    for arm, pair, forward, total in zip(chosen, args, programs[::2], programs[1::2], strict=True):
+        ms = time_ms(forward, *pair[0]), time_ms(total, *pair[1])
+        dense = dense or ms
         yield {
-            "operator": name,
-            "forward_ms": forward,
-            "forward_backward_ms": total,
-            "speedup_forward": dense[0] / forward,
-            "speedup_forward_backward": dense[1] / total,
-            "tiles": tiles,
+            "operator": arm.name,
+            "forward_ms": ms[0],
+            "forward_backward_ms": ms[1],
+            "speedup_forward": dense[0] / ms[0],
+            "speedup_forward_backward": dense[1] / ms[1],
+            "tiles": arm.tiles,
+            "overflow": arm.overflow,
         }
 
 
@@ -112,19 +176,14 @@ def pieces(batch: int, length: int, buckets: int = 16) -> Iterator[dict[str, Any
     q, k, v, do = inputs(batch, length)
     matrix = sparse.hash_matrix(jax.random.key(1), HEADS, WIDTH, buckets)
     codes = sparse.hash_rows(q, matrix)
-    by_head = jnp.swapaxes(codes, 1, 2)
-    plan_of = jax.jit(functools.partial(sparse.plan_hash, k_hashes=None, num_buckets=buckets))
+    plan_of = jax.jit(functools.partial(plan_hash, k_hashes=None, num_buckets=buckets))
     plan = plan_of(codes)
 
-    def general_sort(codes: Array) -> Array:
-        time = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 2)
-        return jax.lax.sort(codes * length + time, is_stable=False) % length
-
-    def move_all(q: Array, k: Array, v: Array, plan: sparse.Plan) -> tuple[Array, ...]:
+    def move_all(q: Array, k: Array, v: Array, plan: Plan) -> tuple[Array, ...]:
         moved = [row_moves.move(x, plan.k_source, plan.k_slot) for x in (k, v)]
         return row_moves.move(q, plan.q_source, plan.q_slot), *moved
 
-    def attend(q: Array, k: Array, v: Array, lo: Array, hi: Array) -> Array:
+    def attention(q: Array, k: Array, v: Array, lo: Array, hi: Array) -> Array:
         return cast(Array, flash_attention(q, k, v, causal=False, lo=lo, hi=hi))
 
     moved = jax.jit(move_all)(q, k, v, plan)
@@ -132,13 +191,13 @@ def pieces(batch: int, length: int, buckets: int = 16) -> Iterator[dict[str, Any
     limits = (plan.lo, plan.hi)
     for name, function, args in (
         ("hash q", jax.jit(sparse.hash_rows), (q, matrix)),
-        ("order by counting, with intervals", plan_of, (codes,)),
-        ("order by a general sort, without", jax.jit(general_sort), (by_head,)),
+        ("order and intervals by counting", plan_of, (codes,)),
+        ("order and intervals by a general sort", jax.jit(plan_by_sort), (codes,)),
         ("invert the order", jax.jit(lambda s: row_moves.invert(s, length)), (plan.q_slot,)),
         ("move q, k and v", jax.jit(move_all), (q, k, v, plan)),
         ("copy q, k and v", jax.jit(lambda *x: [-y for y in x]), (q, k, v)),
-        ("attend, forward", jax.jit(attend), (*moved, *limits)),
-        ("attend, forward and backward", both(attend), (*moved, do, *limits)),
+        ("attend, forward", jax.jit(attention), (*moved, *limits)),
+        ("attend, forward and backward", both(attention), (*moved, do, *limits)),
     ):
         yield {"piece": name, "ms": time_ms(function, *args)}
 
@@ -161,8 +220,8 @@ def main() -> None:
         measured = pieces(batch, length) if options.parts else compare(batch, length, options.only)
         for row in measured:
             rows.append(shape | row)
-            numbers = (f"{x:.3f}" if isinstance(x, float) else x for x in row.values())
-            print(f"{batch} x {length}", *numbers, flush=True)
+            numbers = (f"{k} {x:.3f}" if isinstance(x, float) else str(x) for k, x in row.items())
+            print(f"{batch} x {length}", *numbers, sep="  ", flush=True)
             write_rows(options.out / f"{name}_{length}{chosen}.jsonl", rows)
 
 

@@ -6,30 +6,22 @@ dense for 2 ... 64 buckets, dropping 1.04, 1.34, 2.5, 6.2, 12 times at 20, 30, 5
 Command: longctx reproduce experiments/sparse_flash/runtime.py --scale paper
 Expected: time falls with buckets and dropped share; overhead dominates below some 4K tokens. Like
 the notebook, forward + backward with ordering and moves, random buckets given, inclusive diagonal;
-the batch halves where dense attention would not fit.
+the batch halves where dense attention would not fit. Ratios are to the faster of cuDNN and our own
+dense kernel.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
+from rich.console import Console
+from rich.progress import track
 
-from experiments.bench._timing import time_ms
-from experiments.bench.sparse import both
-from longctx.attention.sparse import (
-    hash_sparse_attention,
-    plan_drop,
-    plan_hash,
-    qk_sparse_attention,
-    visited_tiles,
-)
+from experiments.bench._timing import compile_all, time_ms
+from experiments.bench.sparse import Arm, both, dense_arms, drop_arm, hash_arm, inputs
 from longctx.reproduce import Row
-from pallas_kernels.flash_attention import flash_attention
 
 # Milliseconds of the authors' notebook, read off its figures to about 4 ms.
 PAPER = {
@@ -78,23 +70,34 @@ TOKENS = 131072  # batch x length at most
 class Runtime:
     """Milliseconds and tiles, by operator and length."""
 
-    def measure(self, scale: str, runs: Path) -> list[Row]:
-        """Time every operator; ratios are to dense attention by our own kernel."""
+    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
+        """Time every operator; all of one length are compiled before the first is timed."""
         del runs  # nothing is trained
-        grid, rows = GRIDS[scale], []
-        for length in grid.lengths:
+        grid = GRIDS[scale]
+        for length in track(grid.lengths, "lengths", console=Console(stderr=True)):
             batch = max(1, min(grid.batch, TOKENS // length))
-            keys = jax.random.split(jax.random.key(0), 5)
-            shape = (batch, length, grid.heads, grid.width)
-            arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:4]]
-            dense = None
-            for name, operator, rest, tiles in _operators(grid, shape[:3], keys[4]):
-                ms = time_ms(both(operator), *arrays, *rest, batches=3)
-                dense = dense or ms
-                row = {"operator": name, "length": length, "batch": batch, "heads": grid.heads}
-                row |= {"ms": ms, "speedup": dense / ms, "tiles": tiles}
-                rows.append(row | {"paper_ms": PAPER.get((name, length))})
-        return rows
+            arrays = inputs(batch, length, grid.heads, grid.width)
+            arms = _arms(grid, (batch, length, grid.heads))
+            args = [(*arrays, *arm.rest) for arm in arms]
+            functions = (both(arm.function) for arm in arms)
+            programs = compile_all(zip(functions, args, strict=True))
+            times = [
+                time_ms(program, *given, batches=3)
+                for program, given in zip(programs, args, strict=True)
+            ]
+            dense = min(ms for ms, arm in zip(times, arms, strict=True) if "dense" in arm.name)
+            for arm, ms in zip(arms, times, strict=True):
+                yield {
+                    "operator": arm.name,
+                    "length": length,
+                    "batch": batch,
+                    "heads": grid.heads,
+                    "ms": ms,
+                    "speedup": dense / ms,
+                    "tiles": arm.tiles,
+                    "overflow": arm.overflow,
+                    "paper_ms": PAPER.get((arm.name.removeprefix("our "), length)),
+                }
 
     def table(self, rows: Sequence[Row]) -> str:
         """A row per operator and length."""
@@ -106,59 +109,62 @@ class Runtime:
             "|---|---|---|---|---|---|---|---|",
         ]
         for r in rows:
-            known, ratio = r["paper_ms"], ""
-            if known is not None:
-                ratio = f"{PAPER['dense', r['length']] / known:.2f}"
+            known, ratio = r["paper_ms"], _paper_speedup(r)
             lines.append(
                 f"| {r['length']} | {r['batch']} | {r['operator']} | {r['ms']:.2f} | "
-                f"{r['speedup']:.2f} | {r['tiles']:.0f} | {known or ''} | {ratio} |"
+                f"{r['speedup']:.2f} | {r['tiles']:.0f} | {known or ''} | "
+                f"{'' if ratio is None else f'{ratio:.2f}'} |"
             )
         return "\n".join(lines) + "\n"
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
-        """Speedup over dense by length, a line per operator."""
+        """Time per sequence above, speed over dense below, beside the paper's; hash left."""
         from matplotlib.figure import Figure  # slow to import
 
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.add_subplot(xlabel="sequence length", ylabel="times as fast as dense")
-        for name in dict.fromkeys(r["operator"] for r in rows):
-            ours = [(r["length"], r["speedup"]) for r in rows if r["operator"] == name]
-            axes.plot(*zip(*ours, strict=True), "o-", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", ncols=2)
+        figure = Figure(figsize=(11, 8), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True, sharey="row")
+        for column, kind in zip(panels.T, ("hash", "drop"), strict=True):
+            shown = [r for r in rows if "dense" in r["operator"] or kind in r["operator"]]
+            for name in dict.fromkeys(r["operator"] for r in shown):
+                _draw_operator(column, [r for r in shown if r["operator"] == name])
+            column[1].plot([], [], "kx:", label="paper, A100")
+            column[1].legend(fontsize="small", ncols=2)
+            column[1].set_xlabel("sequence length")
+            for axes in column:
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log", base=2)
+                axes.grid(alpha=0.3)
+        panels[0, 0].set_ylabel("ms per sequence, forward + backward")
+        panels[1, 0].set_ylabel("times as fast as dense")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 
 
-def _operators(
-    grid: Grid, rows: tuple[int, int, int], key: Array
-) -> Iterator[tuple[str, Callable[..., Array], list[Any], float]]:
-    """Name, operator, further arguments, tiles of 128 x 128 that one head visits."""
-    length = rows[1]
-    tiles = -(-length // 128)
+def _arms(grid: Grid, rows: tuple[int, int, int]) -> list[Arm]:
+    """The operators of the grid for rows [B, T, H]."""
+    key = jax.random.key(1)
+    return [
+        *dense_arms(rows[1]),
+        *(hash_arm(n, jax.random.randint(key, rows, 0, n), strict=False) for n in grid.buckets),
+        *(drop_arm(share, rows, key) for share in grid.dropped),
+    ]
 
-    def dense(q: Array, k: Array, v: Array) -> Array:
-        return cast(Array, flash_attention(q, k, v))
 
-    yield "dense", dense, [], tiles * (tiles + 1) / 2
-    for n in grid.buckets:
-        hashes = jax.random.randint(key, rows, 0, n)
+def _paper_speedup(row: Row) -> float | None:
+    known = row["paper_ms"]
+    return None if known is None else PAPER["dense", row["length"]] / known
 
-        def hashed(q: Array, k: Array, v: Array, hashes: Array, n: int = n) -> Array:
-            return hash_sparse_attention(q, k, v, num_buckets=n, hashes=hashes, strict=False)
 
-        plan_of = functools.partial(plan_hash, k_hashes=None, num_buckets=n, strict=False)
-        plan = jax.jit(plan_of)(hashes)
-        yield f"hash nb={n}", hashed, [hashes], float(visited_tiles(plan).mean())
-    for share in grid.dropped:
-        keep = [jax.random.uniform(k, rows) >= share for k in jax.random.split(key)]
-        capacity = min(length, int((1 - share) * length) + 256)
-        sizes = {"capacity_q": capacity, "capacity_k": capacity}
-        plan = jax.jit(functools.partial(plan_drop, **sizes))(*keep)
-        drop = functools.partial(qk_sparse_attention, **sizes)
-        yield f"drop {share}", drop, keep, float(visited_tiles(plan).mean())
+def _draw_operator(column: Sequence[Any], rows: Sequence[Row]) -> None:
+    """The lines of one operator: time in the upper panel, speed in the lower one."""
+    time, speed = column
+    lengths = [r["length"] for r in rows]
+    (line,) = time.plot(lengths, [r["ms"] / r["batch"] for r in rows], "o-")
+    label, colour = rows[0]["operator"], line.get_color()
+    speed.plot(lengths, [r["speedup"] for r in rows], "o-", color=colour, label=label)
+    paper = [(r["length"], _paper_speedup(r)) for r in rows if r["paper_ms"] is not None]
+    if paper and "dense" not in label:
+        speed.plot(*zip(*paper, strict=True), "x:", color=colour)
 
 
 EXPERIMENT = Runtime()

@@ -168,6 +168,9 @@ MODELS: dict[str, ModelConfig] = {
         softmax=SoftmaxConfig(num_heads=4, num_kv_heads=2, head_dim=32),
     ),
     "gpt2-small": GPT2_SMALL,
+    "gpt2-hash": dataclasses.replace(  # the hash-sparse model of 2306.01160 at 8192 tokens
+        GPT2_SMALL, mixers=("hash",), learned_positions=8192
+    ),
     "gpt2-tiny": small(
         dataclasses.replace(
             GPT2_SMALL,

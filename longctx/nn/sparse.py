@@ -20,6 +20,7 @@ from longctx.attention.sparse import (
     hash_matrix,
     hash_rows,
     hash_sparse_attention,
+    overflow,
     qk_sparse_attention,
 )
 from longctx.nn.cache import Cache, check_cached_call
@@ -36,7 +37,10 @@ class Draw(nnx.Variable):
 
 
 def redraw(state: nnx.State) -> nnx.State:
-    """`state` with another key, derived from its last, in every `Draw`."""
+    """`state` with another key, derived from its last, in every `Draw`.
+
+    For between training steps: calls that share a cache must share their draws.
+    """
 
     def next_key(data: Array) -> Array:
         if data.ndim > 1:  # stacked layers
@@ -218,8 +222,8 @@ class DropAttention(TiedAttention):
     masks for its beginning, and decoding those of the full pass; `redraw` between training steps
     draws others, as published, also in evaluation.
 
-    Capacities are six standard deviations above the mean of what is kept; beyond them, which
-    nothing but chance can reach, the latest tokens are dropped too.
+    Capacities are six standard deviations above the mean of what is kept; beyond them, which one
+    head in 10^9 reaches, the latest tokens are dropped too: `overflow` counts them.
 
     Args:
       drop: probability of dropping a query, or a key.
@@ -254,8 +258,7 @@ class DropAttention(TiedAttention):
 
     def _attend(self, q, k, v, doc_start):
         batch, length = q.shape[:2]
-        spread = 6 * math.sqrt(length * self.drop * (1 - self.drop))
-        capacity = min(length, math.ceil((1 - self.drop) * length + spread))
+        capacity = self.capacity(length)
 
         def operator(q, k, v, doc_start, keep_q, keep_k):
             sizes = {"capacity_q": capacity, "capacity_k": capacity}
@@ -263,6 +266,16 @@ class DropAttention(TiedAttention):
 
         keep = self._keep(batch, length, jnp.zeros(batch, jnp.int32))
         return self._sharded(operator, keep, q, k, v, doc_start)
+
+    def capacity(self, length: int) -> int:
+        """Queries, and keys, of a head that a full pass over `length` tokens has room for."""
+        spread = 6 * math.sqrt(length * self.drop * (1 - self.drop))
+        return min(length, math.ceil((1 - self.drop) * length + spread))
+
+    def overflow(self, batch: int, length: int) -> Int[Array, "2 B H"]:
+        """How many kept queries, and keys, a full pass drops after all for want of capacity."""
+        keep = self._keep(batch, length, jnp.zeros(batch, jnp.int32))
+        return jnp.stack([overflow(rows, self.capacity(length)) for rows in keep])
 
 
 def _draw(rngs: nnx.Rngs) -> Draw:

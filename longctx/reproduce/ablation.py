@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from longctx.models import count_parameters
 from longctx.reproduce.experiment import Row
 from longctx.train.config import RunConfig
 from longctx.train.loop import train
-from longctx.train.metrics import read_metrics
+from longctx.train.metrics import held_out_curve, read_metrics
 from longctx.train.serialize import to_json
 
 SCALES = ("smoke", "small", "paper")
@@ -42,7 +42,8 @@ class Ablation:
       base: the arm to which the others are compared.
       arms: by name, in the order of the table.
       scales: the base run at each scale.
-      seeds: how many seeds the base arm has at each scale; the others have one.
+      seeds: how many seeds the base arm has at each scale.
+      arm_seeds: how many every other arm has, if not one.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Ablation:
     seeds: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"smoke": 1, "small": 3, "paper": 1}
     )
+    arm_seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.base not in self.arms:
@@ -67,16 +69,15 @@ class Ablation:
             raise ValueError(f"{scale=} must be one of {', '.join(SCALES)}")
         return {name: arm.change(self.scales[scale]) for name, arm in self.arms.items()}
 
-    def measure(self, scale: str, runs: Path) -> Sequence[Row]:
+    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
         """Train every arm, or find it among `runs` if it was trained before."""
-        rows = []
         for name, config in self.runs(scale).items():
-            for seed in range(self.seeds[scale] if name == self.base else 1):
+            is_base = name == self.base
+            for seed in range(self.seeds[scale] if is_base else self.arm_seeds.get(scale, 1)):
                 seeded = dataclasses.replace(
                     config, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
                 )
-                rows.append({**self._origin(name, scale, seeded), **_trained(seeded, runs)})
-        return rows
+                yield {**self._origin(name, scale, seeded), **_trained(seeded, runs)}
 
     def _origin(self, name: str, scale: str, config: RunConfig) -> dict[str, Any]:
         return {
@@ -99,8 +100,8 @@ class Ablation:
             "",
             f"Ours in bits per byte ({rows[0]['scale']} scale, {rows[0]['tokens']:,} tokens a run, "
             f"{rows[0]['device']}), the paper's in {self.paper_unit}.",
-            "A difference below two standard errors is not resolved at this scale; where the base",
-            "was run with one seed there is no standard error.",
+            "A difference below two standard errors is not resolved at this scale; where nothing",
+            "was run with several seeds there is no standard error.",
             "",
             "| arm | parameters | ours | difference from base | paper | paper's difference |",
             "|---|---|---|---|---|---|",
@@ -168,16 +169,15 @@ class Result:
 def compare(rows: Sequence[Row]) -> list[Result]:
     """Every arm against the base arm.
 
-    The spread between seeds is taken from the base arm, whose n runs give the standard error
-    sd sqrt(1/n + 1/m) of a difference to an arm of m runs.
+    The spread sd between seeds is pooled over the arms that have several, and sd sqrt(1/n + 1/m)
+    is the standard error of the difference between arms of n and of m runs.
     """
     scores: dict[str, list[float]] = {}
     for row in rows:
         scores.setdefault(row["arm"], []).append(row["bits_per_byte"])
     first = {row["arm"]: row for row in reversed(rows)}
     base = rows[0]["base"]
-    n = len(scores[base])
-    spread = statistics.stdev(scores[base]) if n > 1 else None
+    n, spread = len(scores[base]), _spread(scores.values())
     results = []
     for arm, values in scores.items():
         paper, paper_base = first[arm]["paper"], first[base]["paper"]
@@ -197,23 +197,32 @@ def compare(rows: Sequence[Row]) -> list[Result]:
     return results
 
 
+def _spread(scores: Iterable[Sequence[float]]) -> float | None:
+    """Pooled standard deviation of groups around their own means; None if all have one member."""
+    groups = [group for group in scores if len(group) > 1]
+    squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups)
+    freedom = sum(len(group) - 1 for group in groups)
+    return math.sqrt(squares / freedom) if freedom else None
+
+
 def _trained(config: RunConfig, runs: Path) -> dict[str, Any]:
-    """The final score of a run; it is trained unless `runs` holds it already."""
+    """The held-out scores of a run; it is trained unless `runs` holds it already."""
     digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:16]
     out = runs / digest
-    record = _last_score(out, config.train.steps)
-    if record is None:
+    curve = _curve(out, config)
+    if curve is None:
         train(config, out)
-        record = _last_score(out, config.train.steps)
-        assert record is not None, f"{out} ended without a held-out score"
-    return {"run": digest, "bits_per_byte": record["valid_bits_per_byte"]}
+        curve = _curve(out, config)
+        assert curve is not None, f"{out} ended without a held-out score"
+    return {"run": digest, "bits_per_byte": curve[-1][-1], "curve": curve}
 
 
-def _last_score(out: Path, step: int) -> Mapping[str, Any] | None:
+def _curve(out: Path, config: RunConfig) -> Sequence[tuple[int, float, float]] | None:
+    """The scores of the finished run in `out`; None if it is not there, or not finished."""
     if not (out / "metrics.jsonl").exists():
         return None
-    scored = [r for r in read_metrics(out / "metrics.jsonl") if "valid_bits_per_byte" in r]
-    return scored[-1] if scored and scored[-1]["step"] == step else None
+    curve = held_out_curve(read_metrics(out / "metrics.jsonl"), config.tokens_per_step)
+    return curve if curve and curve[-1][0] == config.train.steps else None
 
 
 def _number(value: float | None) -> str:

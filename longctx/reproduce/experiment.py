@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,8 +15,11 @@ type Row = Mapping[str, Any]
 class Experiment(Protocol):
     """One table or figure of a paper."""
 
-    def measure(self, scale: str, runs: Path) -> Sequence[Row]:
-        """Measure it at a scale ("smoke", "small" or "paper"); `runs` keeps finished training."""
+    def measure(self, scale: str, runs: Path) -> Iterable[Row]:
+        """Measure it at a scale ("smoke", "small" or "paper"); `runs` keeps finished training.
+
+        Rows are written down as they come.
+        """
         ...
 
     def table(self, rows: Sequence[Row]) -> str:

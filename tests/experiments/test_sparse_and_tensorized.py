@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.models import count_parameters
+from longctx.models import MODELS, count_parameters
 from longctx.reproduce import load
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -28,16 +28,82 @@ def test_models_have_the_papers_sizes():
     # About 122M at 8192 positions with a key projection; tied models lack 12 x 768 x 768.
     assert round(count_parameters(sparse["dense untied"].model) / 1e6) == 130
     assert round(count_parameters(sparse["hash nb=16"].model) / 1e6) == 123
+    assert sparse["hash nb=16"].model == MODELS["gpt2-hash"]
     tensorized = load(FOLDER / "tensorized" / "language_model.py").runs("paper")
     assert round(count_parameters(tensorized["dense"].model) / 1e9, 1) == 8.0
+
+
+def test_sparse_comparison_shows_loss_by_step_and_time(tmp_path, monkeypatch):
+    """Two seeds of every arm; what is slower or worse than the base reaches its loss later."""
+    experiment = load(FOLDER / "sparse_flash" / "language_model.py")
+
+    def trained(config, runs):
+        mixer = config.model.mixers[0]
+        seconds = {"hash": 0.5, "drop": 0.3}.get(mixer, 1.0)
+        worse = config.model.sparse.drop if mixer == "drop" else 0.0
+        curve = [(step, step * seconds, 2.0 - step / 100 + worse) for step in (20, 40, 60)]
+        return {"run": "", "bits_per_byte": curve[-1][-1], "curve": curve}
+
+    monkeypatch.setattr("longctx.reproduce.ablation._trained", trained)
+    rows = [row | {"device": "none"} for row in experiment.measure("small", tmp_path)]
+    assert [(r["arm"], r["seed"]) for r in rows] == [
+        (arm, seed) for arm in experiment.arms for seed in (0, 1)
+    ]
+    table = experiment.table(rows)
+    for line in (
+        "| dense tied | 0 | 60 | 60 |",
+        "| hash nb=4 | 1 | 30 | 30 |",
+        "| drop 0.7 | 0 | 18 | never |",
+    ):
+        assert line in table
+    experiment.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_runtime_shows_the_papers_ratios(tmp_path):
+    experiment = load(FOLDER / "sparse_flash" / "runtime.py")
+    ms = {"our dense": (40.0, 160.0), "hash nb=16": (20.0, 40.0), "drop 0.5": (20.0, 50.0)}
+    paper = {"our dense": (257, 1004), "hash nb=16": (116, 373), "drop 0.5": (115, 402)}
+    rows = [
+        {
+            "operator": name,
+            "length": length,
+            "batch": 4,
+            "ms": ms[name][i],
+            "tiles": 9.0,
+            "speedup": ms["our dense"][i] / ms[name][i],
+            "paper_ms": paper[name][i],
+            "device": "none",
+        }
+        for i, length in enumerate((16384, 32768))
+        for name in ms
+    ]
+    assert "| 32768 | 4 | hash nb=16 | 40.00 | 4.00 | 9 | 373 | 2.69 |" in experiment.table(rows)
+    experiment.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 def test_coverage_counts_every_pair(tmp_path):
     experiment = load(FOLDER / "sparse_flash" / "coverage.py")
     rows = experiment.measure("small", tmp_path)
     assert all(row["hash"] == 1.0 for row in rows)
-    for row, expected in zip(rows, (1.00, 0.90, 0.60), strict=True):
+    even, uneven = rows[:3], rows[3:]
+    for row, expected in zip(even, (1.00, 0.90, 0.60), strict=True):
         assert abs(row["chunks"] - expected) < 0.05
-    assert "| 4096 | 1.000 |" in experiment.table(rows)
+        assert row["mean_chunks"] > 0.99
+    assert all(row["mean_chunks"] < 0.8 for row in uneven)
+    assert "| even | 4096 | 1.000 |" in experiment.table(rows)
+    experiment.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_tiles_of_intervals_are_fewer_than_released(tmp_path):
+    experiment = load(FOLDER / "sparse_flash" / "tiles.py")
+    rows = experiment.measure("smoke", tmp_path)
+    hashed = [r for r in rows if r["operator"].startswith("hash")]
+    dropped = [r for r in rows if r["operator"].startswith("drop")]
+    assert all(r["intervals"] < r["released"] <= r["dense"] for r in hashed)
+    assert all(r["intervals"] == r["released"] < r["dense"] for r in dropped)
+    assert "| 512 | drop 0.7 | 10 |" in experiment.table(rows)
     experiment.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

@@ -73,6 +73,16 @@ def test_differences_and_their_standard_errors():
     assert c.verdict.startswith("+0.9")
 
 
+def test_the_spread_between_seeds_is_pooled():
+    def row(arm, score):
+        return {"arm": arm, "base": "a", "bits_per_byte": score, "paper": None, "parameters": 1}
+
+    rows = [row("a", s) for s in (2.0, 2.2)] + [row("b", s) for s in (2.0, 2.4, 2.2)]
+    _, b = compare(rows)
+    pooled = ((0.02 + 0.08) / (1 + 2)) ** 0.5
+    assert b.stderr == pytest.approx(pooled * (1 / 2 + 1 / 3) ** 0.5)
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         load(tmp_path / "nothing.py")

@@ -83,6 +83,15 @@ def test_keys_are_normalised_queries():
     np.testing.assert_allclose(jnp.linalg.norm(overall, axis=(-2, -1)), 1.0, rtol=1e-5)
 
 
+def test_kept_rows_beyond_the_capacity_are_reported():
+    module = make("drop")
+    assert not module.overflow(2, LENGTH).any()
+    kept = np.stack([np.asarray(x).sum(1) for x in module._keep(2, LENGTH, jnp.zeros(2, int))])
+    module.capacity = lambda length: 40
+    np.testing.assert_array_equal(module.overflow(2, LENGTH), np.maximum(kept - 40, 0))
+    assert kept.max() > 40
+
+
 def test_one_mesh_equals_one_device_and_a_split_sequence_is_refused():
     module, x = make("hash"), tokens(batch=4)
     want, _ = run(module, x)

@@ -8,7 +8,13 @@ import pytest
 
 from longctx.train.config import RunError
 from longctx.train.meter import Meter
-from longctx.train.metrics import JsonLines, forget_after, open_sinks, read_metrics
+from longctx.train.metrics import (
+    JsonLines,
+    forget_after,
+    held_out_curve,
+    open_sinks,
+    read_metrics,
+)
 from longctx.train.plot import plot_loss
 from longctx.train.progress import ProgressView
 from tests.longctx.train.runs import tiny_run
@@ -101,3 +107,16 @@ def test_progress_in_lines(capsys):
     for part in ("step 3/20", "1.2500 nats", "2.500 bits/byte", "12,346", "MFU 43.2%", "0:01:01"):
         assert part in first
     assert "held out 2.750 bits/byte" in second
+
+
+def test_held_out_curve_counts_the_seconds_of_steps():
+    """A hundred tokens a step; the first record has no speed, and a score falls between two."""
+    records = [
+        {"step": 1, "loss": 5.0},
+        {"step": 11, "loss": 4.0, "tokens_per_second": 100.0},
+        {"step": 15, "valid_bits_per_byte": 3.0},
+        {"step": 21, "loss": 3.0, "tokens_per_second": 200.0},
+        {"step": 21, "valid_bits_per_byte": 2.0},
+    ]
+    assert held_out_curve(records, 100) == [(15, 15.0, 3.0), (21, 16.0, 2.0)]
+    assert held_out_curve(records[:1], 100) == []

@@ -1,0 +1,27 @@
+"""The benchmark of sparse attention: its arms in their order, and the plan of its general sort."""
+
+import functools
+
+import jax
+import numpy as np
+
+from experiments.bench.sparse import arms, plan_by_sort
+from longctx.attention.intervals import plan_hash
+
+
+def test_arms_with_targets_come_first():
+    names = [arm.name for arm in arms(1, 256)]
+    assert names[:3] == ["our dense", "hash nb=16", "drop 0.5"]
+    assert set(names[3:]) == {"hash nb=64", "hash nb=16, general sort", "drop 0.25", "drop 0.75"}
+
+
+def test_a_general_sort_makes_the_same_plan():
+    hashes = jax.random.randint(jax.random.key(0), (2, 2100, 3), 0, 6)
+    counted = jax.jit(functools.partial(plan_hash, num_buckets=6))(hashes, None)
+    ordered = jax.jit(plan_by_sort)(hashes)
+    full = counted.q_source < 2100
+    for name, a, b in zip(counted._fields, counted, ordered, strict=True):
+        limits = name in ("lo", "hi")  # of no meaning where a place is empty
+        np.testing.assert_array_equal(
+            np.where(full, a, 0) if limits else a, np.where(full, b, 0) if limits else b, name
+        )
