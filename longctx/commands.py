@@ -114,11 +114,11 @@ def find_run(name: str) -> RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """Score the newest checkpoint of a run: bits per byte by sequence length and by context."""
+    """Score the newest checkpoint of a run: bits per byte by length and context, or tasks."""
 
     # Directory of the run.
     run: tyro.conf.Positional[pathlib.Path]
-    # Sequence lengths, separated by commas; each must divide the largest.
+    # Sequence lengths, separated by commas; of text, each must divide the largest.
     lengths: str = "512,1024,2048,4096"
     # Tasks to score instead of held-out text, separated by commas: needle,mqar,... or "all".
     tasks: str = ""
@@ -131,7 +131,7 @@ class EvalOptions:
         if not all(n.isdecimal() and int(n) > 0 for n in self.lengths.split(",")):
             raise ValueError(f"lengths={self.lengths} must be positive numbers, as in 512,1024")
         for length in self.parsed:
-            if max(self.parsed) % length:
+            if not self.tasks and max(self.parsed) % length:
                 raise ValueError(f"lengths={self.lengths}: {length} does not divide the largest")
 
     @property

@@ -74,6 +74,9 @@ class Coverage:
         figure.savefig(path, dpi=150)
 
 
+_plan = jax.jit(functools.partial(plan_hash, k_hashes=None, num_buckets=BUCKETS))
+
+
 def _is_expected(row: Row) -> bool:
     return row["buckets"] == "even" and row["length"] in EXPECTED
 
@@ -81,7 +84,7 @@ def _is_expected(row: Row) -> bool:
 def _shares(length: int, buckets: str) -> Row:
     logits = jnp.log(jnp.asarray(LIKELIHOODS[buckets]))
     hashes = jax.random.categorical(jax.random.key(length), logits, shape=(1, length, HEADS))
-    plan = jax.jit(functools.partial(plan_hash, k_hashes=None, num_buckets=BUCKETS))(hashes)
+    plan = _plan(hashes)
     wanted = sum(
         n * (n - 1) // 2
         for head in np.asarray(hashes[0]).T

@@ -7,6 +7,7 @@ back. A query that may see no key gives 0.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from longctx.attention.intervals import attend, plan_drop, plan_hash
@@ -89,10 +90,12 @@ def _check_rows(q: Float[Array, "B T H D"], **rows: Array) -> None:
 def _check_hashes(q: Array, hashes: tuple[Array, ...], num_buckets: int) -> None:
     for x in hashes:
         _check_rows(q, hashes=x)
-        known = not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
-        if known and not (x.min() >= 0 and x.max() < num_buckets):
+        if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+            continue  # not known here
+        least, most = np.min(np.asarray(x)), np.max(np.asarray(x))
+        if least < 0 or most >= num_buckets:
             raise ValueError(
-                f"hashes reach from {x.min()} to {x.max()}; all must lie in [0, {num_buckets})"
+                f"hashes reach from {least} to {most}; all must lie in [0, {num_buckets})"
             )
 
 

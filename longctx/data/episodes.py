@@ -5,10 +5,11 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from longctx.data.config import DataError
+from longctx.data.config import DataConfig, DataError
 from longctx.data.packing import Example
 from longctx.data.sources import Split
-from longctx.tasks import TASKS
+from longctx.data.tokenizer import load_tokenizer
+from longctx.tasks import Task, TextCodec, named_task
 from longctx.tasks.episode import episode_at
 
 PREFIX = "task:"
@@ -22,6 +23,7 @@ class Episodes:
     """The episodes of one task: what a `Corpus` is for text. Its loss counts nats per token."""
 
     name: str
+    task: Task
     split: Split
     seed: int
 
@@ -35,16 +37,24 @@ class Episodes:
         return f"episodes of {self.name}"
 
 
-def load_episodes(source: str, split: Split, *, seed: int) -> Episodes:
+def load_episodes(config: DataConfig, split: Split, *, vocab_size: int) -> Episodes:
     """The episodes that `task:NAME` stands for; held-out ones differ from those of training.
 
     Raises:
-      DataError: there is no such task.
+      DataError: there is no such task, or the model lacks some of its tokens.
     """
-    name = source.removeprefix(PREFIX)
-    if name not in TASKS:
-        raise DataError(f"data.source={source}: there are the tasks {', '.join(TASKS)}")
-    return Episodes(name, split, seed)
+    name = config.source.removeprefix(PREFIX)
+    codec = TextCodec.of_tokenizer(load_tokenizer(config.tokenizer))
+    try:
+        task = named_task(name, codec)
+    except ValueError as error:
+        raise DataError(f"data.source={config.source}: {error}") from error
+    if task.vocab_size > vocab_size:
+        raise DataError(
+            f"data.source={config.source} needs model.vocab_size={vocab_size} to be at least "
+            f"{task.vocab_size}"
+        )
+    return Episodes(name, task, split, config.seed)
 
 
 class EpisodeRows:
@@ -54,7 +64,7 @@ class EpisodeRows:
     """
 
     def __init__(self, episodes: Episodes, length: int) -> None:
-        self._task = TASKS[episodes.name]
+        self._task = episodes.task
         self._seed, self._split = episodes.seed, "train" if episodes.split == "train" else "test"
         self._length = length
         try:

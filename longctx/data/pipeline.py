@@ -24,7 +24,7 @@ def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus 
       DataError: the source cannot be read or is empty, or holds a token that the model lacks.
     """
     if config.source.startswith(PREFIX):
-        return load_episodes(config.source, split, seed=config.seed)
+        return load_episodes(config, split, vocab_size=vocab_size)
     tokenizer = load_tokenizer(config.tokenizer)
     corpus = pack(documents(config, split), tokenizer)
     largest = int(corpus.tokens.max())

@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +17,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import UserError
+from longctx.models import ModelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import read_rows, write_rows
-from longctx.tasks import TASKS, Episode, Needle, Task, episodes, score
+from longctx.tasks import TASKS, Episode, Needle, Task, TextCodec, episodes, named_task, score
 from longctx.train.restore import load_run
+
+type Row = dict[str, Any]
 
 # Depths of the needle's grid, and tokens per call of the model.
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BATCH_TOKENS = 16384
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskScore:
-    """Share of right answers on one task at one length (and depth, for the needle's grid)."""
-
-    task: str
-    length: int
-    depth: float | None
-    episodes: int
-    accuracy: float
-    chance: float
+# Answers differ in length from episode to episode; whole multiples of this are compiled once.
+ANSWER_TOKENS = 64
 
 
 class Answerer:
@@ -64,8 +59,8 @@ class Answerer:
 
     def __call__(self, batch: Sequence[Episode]) -> list[np.ndarray]:
         """Per episode its tokens, with what the model predicts in place of the answers."""
-        width = max(int(e.answer.sum()) for e in batch)
-        places = np.ones((len(batch), width), np.int32)
+        longest = max(int(e.answer.sum()) for e in batch)
+        places = np.ones((len(batch), longest + -longest % ANSWER_TOKENS), np.int32)
         for row, episode in zip(places, batch, strict=True):
             row[: episode.answer.sum()] = np.flatnonzero(episode.answer)
         tokens = np.stack([episode.tokens for episode in batch])
@@ -81,7 +76,7 @@ class Answerer:
 
 def score_task(answerer: Answerer, task: Task, length: int, count: int, *, seed: int = 0) -> float:
     """Mean score on the first `count` test episodes of a task."""
-    size = max(1, BATCH_TOKENS // length)
+    size = max(1, min(count, BATCH_TOKENS // length))
     sample = list(itertools.islice(episodes(task, length=length, seed=seed), count))
     total = 0.0
     for first in range(0, count, size):
@@ -98,14 +93,19 @@ def evaluate_tasks(
     *,
     count: int = 64,
     mesh: MeshConfig | None = None,
-) -> list[TaskScore]:
+) -> list[Row]:
     """Score the newest checkpoint of `run` on tasks at lengths; the needle at every depth.
 
-    Writes `tasks.jsonl` and `tasks.png` into the run.
+    Text tasks are written in the run's tokens. Writes `tasks.jsonl`, row by row, and `tasks.png`
+    into the run.
+
+    Returns:
+      A row per task, length and (for the needle) depth: the share of right answers in `count`
+      test episodes, and what guessing would give.
 
     Raises:
-      UserError: a task is unknown, a length is too short for it, or the run's tokens are not
-        bytes.
+      UserError: a task is unknown or has tokens that the model lacks, or a length is too short
+        for a task or too long for the model.
       RunError: `run` has no checkpoint that can be read.
     """
     unknown = sorted(set(names) - set(TASKS))
@@ -114,37 +114,71 @@ def evaluate_tasks(
     device_mesh = make_mesh(mesh)
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
-        if loaded.config.data.tokenizer != "bytes":
-            raise UserError(f"{run} was trained on {loaded.config.data.tokenizer}, not on bytes")
-        answerer = Answerer(loaded.graph, loaded.params, loaded.rest, device_mesh)
+        codec = TextCodec.of_tokenizer(load_tokenizer(loaded.config.data.tokenizer))
         grid = [
-            (name, task, length, depth)
+            cell
             for name in names
             for length in sorted(lengths)
-            for depth, task in _cells(TASKS[name])
+            for cell in _cells(name, named_task(name, codec), length)
         ]
-        scores = []
-        for name, task, length, depth in track(grid, "tasks", console=Console(stderr=True)):
-            try:
-                accuracy = score_task(answerer, task, length, count)
-            except ValueError as error:
-                raise UserError(f"task {name}: {error}") from error
-            scores.append(TaskScore(name, length, depth, count, accuracy, task.chance))
-    model = {"step": loaded.step, "train_length": loaded.config.data.sequence_length}
-    write_rows(run / "tasks.jsonl", (dataclasses.asdict(s) | model for s in scores))
+        for cell in grid:
+            _check(cell, loaded.config.model)
+        answerer = Answerer(loaded.graph, loaded.params, loaded.rest, device_mesh)
+        model = {"step": loaded.step, "train_length": loaded.config.data.sequence_length}
+        rows = (row | model for row in _scores(answerer, grid, count))
+        write_rows(run / "tasks.jsonl", rows)
     draw_tasks(run)
-    _show(scores)
-    return scores
+    records = read_rows(run / "tasks.jsonl")
+    _show(records)
+    return records
 
 
-def _cells(task: Task) -> list[tuple[float | None, Task]]:
+class Cell(NamedTuple):
+    """One number to measure."""
+
+    name: str
+    task: Task
+    length: int
+    depth: float | None
+
+
+def _cells(name: str, task: Task, length: int) -> list[Cell]:
     """The needle at every depth of the grid; other tasks as they are."""
     if isinstance(task, Needle) and task.keys == task.values == 1:
-        return [(depth, dataclasses.replace(task, depth=depth)) for depth in DEPTHS]
-    return [(None, task)]
+        at = {depth: dataclasses.replace(task, depth=depth) for depth in DEPTHS}
+        return [Cell(name, needle, length, depth) for depth, needle in at.items()]
+    return [Cell(name, task, length, None)]
 
 
-def _means(scores: Sequence[dict], task: str) -> dict[int, float]:
+def _check(cell: Cell, model: ModelConfig) -> None:
+    """Raise UserError if the cell cannot be measured."""
+    if cell.task.vocab_size > model.vocab_size:
+        raise UserError(
+            f"task {cell.name} needs model.vocab_size={model.vocab_size} to be at least "
+            f"{cell.task.vocab_size}"
+        )
+    rows = model.learned_positions
+    if rows and cell.length > rows:
+        raise UserError(f"length {cell.length} exceeds the model's {rows} learned positions")
+    try:
+        next(episodes(cell.task, length=cell.length))
+    except ValueError as error:
+        raise UserError(f"task {cell.name}: {error}") from error
+
+
+def _scores(answerer: Answerer, grid: Sequence[Cell], count: int) -> Iterator[Row]:
+    for cell in track(grid, "tasks", console=Console(stderr=True)):
+        yield {
+            "task": cell.name,
+            "length": cell.length,
+            "depth": cell.depth,
+            "episodes": count,
+            "accuracy": score_task(answerer, cell.task, cell.length, count),
+            "chance": cell.task.chance,
+        }
+
+
+def _means(scores: Sequence[Row], task: str) -> dict[int, float]:
     """Accuracy by length, over depths."""
     by_length: dict[int, list[float]] = {}
     for record in scores:
@@ -153,15 +187,13 @@ def _means(scores: Sequence[dict], task: str) -> dict[int, float]:
     return {length: float(np.mean(values)) for length, values in by_length.items()}
 
 
-def _show(scores: Sequence[TaskScore]) -> None:
-    records = [dataclasses.asdict(s) for s in scores]
-    lengths = sorted({s.length for s in scores})
+def _show(records: Sequence[Row]) -> None:
+    lengths = sorted({r["length"] for r in records})
     table = Table(title="accuracy by length (the needle: mean over depths)")
     for column in ("task", "chance", *map(str, lengths)):
         table.add_column(column, justify="right")
-    for task in dict.fromkeys(s.task for s in scores):
+    for task, chance in {r["task"]: r["chance"] for r in records}.items():
         means = _means(records, task)
-        chance = next(s.chance for s in scores if s.task == task)
         table.add_row(task, f"{chance:.2g}", *(f"{means[n]:.3f}" for n in lengths))
     Console().print(table)
 
@@ -189,7 +221,7 @@ def draw_tasks(run: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _draw_needle(axes, grid: Sequence[dict]) -> None:
+def _draw_needle(axes, grid: Sequence[Row]) -> None:
     lengths = sorted({r["length"] for r in grid})
     cells = np.full((len(DEPTHS), len(lengths)), np.nan)
     for r in grid:

@@ -1,5 +1,7 @@
 """Synthetic long-context tasks: deterministic generators that serve for training and evaluation."""
 
+import dataclasses
+
 from longctx.tasks.episode import (
     BYTES,
     Episode,
@@ -10,7 +12,7 @@ from longctx.tasks.episode import (
     score,
 )
 from longctx.tasks.symbols import Copying, Induction, MultiQueryRecall
-from longctx.tasks.text import CommonWords, LineRetrieval, Needle, VariableTracking
+from longctx.tasks.text import CommonWords, LineRetrieval, Needle, TextTask, VariableTracking
 
 TASKS: dict[str, Task] = {
     "needle": Needle(),
@@ -24,6 +26,19 @@ TASKS: dict[str, Task] = {
     "induction": Induction(),
 }
 
+
+def named_task(name: str, codec: TextCodec = BYTES) -> Task:
+    """The task `name` of `TASKS`; what text it has is in the tokens of `codec`.
+
+    Raises:
+      ValueError: there is no such task.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name}; there are {', '.join(TASKS)}")
+    task = TASKS[name]
+    return dataclasses.replace(task, codec=codec) if isinstance(task, TextTask) else task
+
+
 __all__ = [
     "BYTES",
     "TASKS",
@@ -36,8 +51,10 @@ __all__ = [
     "Needle",
     "Task",
     "TextCodec",
+    "TextTask",
     "VariableTracking",
     "answer_spans",
     "episodes",
+    "named_task",
     "score",
 ]

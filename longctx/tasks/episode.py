@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+
+from longctx.data.tokenizer import Tokenizer
 
 SPLITS = {"train": 0, "test": 1}
 
@@ -29,6 +31,11 @@ class Episode:
 
 class Task(Protocol):
     """A generator of episodes that knows how to solve them and what guessing is worth."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        ...
 
     @property
     def chance(self) -> float:
@@ -80,17 +87,19 @@ def score(episode: Episode, predicted: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TextCodec:
-    """How text becomes tokens: bytes, or by a tokenizer."""
+    """How text becomes tokens, ids below `vocab_size`: as bytes, or by a tokenizer."""
 
     encode: Callable[[str], Sequence[int]] = lambda text: list(text.encode())
     decode: Callable[[Sequence[int]], str] = lambda tokens: bytes(tokens).decode(errors="replace")
+    vocab_size: int = 256
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> "TextCodec":
-        """Codec of a `tokenizers.Tokenizer`, without special tokens."""
+    def of_tokenizer(cls, tokenizer: Tokenizer) -> "TextCodec":
+        """Text in the tokens of a run's tokenizer (`longctx.data.tokenizer`)."""
         return cls(
-            encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-            decode=lambda tokens: tokenizer.decode(list(tokens)),
+            encode=lambda text: tokenizer.encode(text.encode()).tolist(),
+            decode=tokenizer.decode,
+            vocab_size=tokenizer.vocab_size,
         )
 
 

@@ -72,12 +72,24 @@ def hide(
     return Episode(np.asarray([*tokens, *tail, *target], np.int32), marked, depth)
 
 
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """What tasks in plain text share: how it becomes tokens."""
+
+    codec: TextCodec = BYTES
+
+    @property
+    def vocab_size(self) -> int:
+        """That of the codec."""
+        return self.codec.vocab_size
+
+
 def _digits(rng: np.random.Generator, count: int) -> str:
     return "".join(str(d) for d in rng.integers(0, 10, count))
 
 
 @dataclasses.dataclass(frozen=True)
-class Needle:
+class Needle(TextTask):
     """Magic numbers in a haystack: one needle, many keys (RULER MK), or several values (RULER MV).
 
     Attributes:
@@ -90,7 +102,6 @@ class Needle:
     values: int = 1
     depth: float | None = None
     digits: int = 7
-    codec: TextCodec = BYTES
 
     def __post_init__(self) -> None:
         if not 1 <= self.keys <= len(_NAMES):
@@ -128,11 +139,10 @@ class Needle:
 
 
 @dataclasses.dataclass(frozen=True)
-class LineRetrieval:
+class LineRetrieval(TextTask):
     """Numbered lines with registers; one register is asked for (Ring Attention, 2310.01889)."""
 
     digits: int = 5
-    codec: TextCodec = BYTES
 
     @property
     def chance(self) -> float:
@@ -169,12 +179,11 @@ class LineRetrieval:
 
 
 @dataclasses.dataclass(frozen=True)
-class VariableTracking:
+class VariableTracking(TextTask):
     """Chains of assignments; name every variable that ends up with a value (RULER VT)."""
 
     chains: int = 2
     hops: int = 3
-    codec: TextCodec = BYTES
 
     def __post_init__(self) -> None:
         if self.chains < 1 or self.hops < 1 or self.chains * (self.hops + 1) > len(_NAMES):
@@ -216,13 +225,12 @@ class VariableTracking:
 
 
 @dataclasses.dataclass(frozen=True)
-class CommonWords:
+class CommonWords(TextTask):
     """Words of which a few occur more often; name those alphabetically (RULER CWE)."""
 
     common: int = 3
     often: int = 6
     seldom: int = 2
-    codec: TextCodec = BYTES
 
     def __post_init__(self) -> None:
         if not 1 <= self.common < len(_NAMES) or not 0 < self.seldom < self.often:

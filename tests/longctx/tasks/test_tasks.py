@@ -5,18 +5,25 @@ import itertools
 import numpy as np
 import pytest
 
+from longctx.data.tokenizer import load_tokenizer
 from longctx.tasks import (
     TASKS,
+    CommonWords,
+    Copying,
     Episode,
     Induction,
     LineRetrieval,
     MultiQueryRecall,
     Needle,
     TextCodec,
+    TextTask,
+    VariableTracking,
     answer_spans,
     episodes,
+    named_task,
     score,
 )
+from tests.longctx.data.test_tokenizer import byte_level
 
 LENGTH = 1500
 
@@ -65,12 +72,41 @@ def test_a_constant_answer_scores_chance(name):
     assert np.mean(guesses) <= TASKS[name].chance + 3 * np.sqrt(TASKS[name].chance / 39) + 1e-9
 
 
-@pytest.mark.parametrize("task", [MultiQueryRecall(pairs=2, vocab_size=8), Induction(vocab_size=5)])
-def test_chance_is_exact_where_it_can_be_measured(task):
-    guess = task.vocab_size - 1
-    sample = itertools.islice(episodes(task, length=32), 2000)
-    mean = np.mean([score(e, np.full(32, guess)) for e in sample])
-    assert abs(mean - task.chance) < 4 * np.sqrt(task.chance / 2000)
+SMALL = {  # versions of which a guess is right often enough to be counted
+    "needle": (Needle(digits=1), 120),
+    "multi-key": (Needle(digits=1, keys=4), 300),
+    "multi-value": (Needle(digits=1, values=2), 200),
+    "lines": (LineRetrieval(digits=1), 200),
+    "variables": (VariableTracking(chains=1, hops=1), 120),
+    "common-words": (CommonWords(common=1, often=3, seldom=1), 400),
+    "mqar": (MultiQueryRecall(pairs=2, vocab_size=8), 32),
+    "induction": (Induction(vocab_size=5), 32),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_chance_is_what_a_constant_answer_scores(name):
+    """Neither more nor less: within four standard errors over two thousand episodes."""
+    task, length = SMALL[name]
+    sample = list(itertools.islice(episodes(task, length=length), 2000))
+    answer = next(e.tokens[e.answer] for e in sample[7:])
+    same_length = [e for e in sample if e.answer.sum() == answer.size]
+    scores = []
+    for episode in same_length:
+        predicted = np.full(length, -1)
+        predicted[episode.answer] = answer
+        scores.append(score(episode, predicted))
+    mean = np.sum(scores) / len(sample)
+    assert abs(mean - task.chance) < 4 * np.sqrt(task.chance / len(sample))
+
+
+def test_nobody_copies_by_chance():
+    """Copying at its shortest: two symbols, three of them in a row, one in eight."""
+    task = Copying(vocab_size=3)
+    sample = list(itertools.islice(episodes(task, length=7), 2000))
+    right = np.mean([np.array_equal(e.tokens[e.answer], [1, 2, 1]) for e in sample])
+    assert abs(right - 1 / 8) < 0.03
+    assert task.chance == 0  # what it tends to at any length of use
 
 
 def test_needle_stands_at_its_depth():
@@ -82,24 +118,22 @@ def test_needle_stands_at_its_depth():
         assert abs(place / 4000 - depth) < 0.06
 
 
-def test_a_tokenizer_mode():
-    words = {}
-
-    def encode(text):
-        return [
-            words.setdefault(w, len(words)) for w in __import__("re").findall(r"\s|\w+|\W", text)
-        ]
-
-    def decode(tokens):
-        names = list(words)
-        return "".join(names[t] for t in tokens)
-
-    codec = TextCodec(encode=encode, decode=decode)
-    for task in (Needle(codec=codec), LineRetrieval(codec=codec)):
-        episode = next(episodes(task, length=400))
+@pytest.mark.parametrize("name", [n for n, task in TASKS.items() if isinstance(task, TextTask)])
+def test_text_tasks_in_a_tokenizers_tokens(name, tmp_path):
+    tokenizer = load_tokenizer(byte_level(tmp_path / "t.json", ["<|endoftext|>"]))
+    task = named_task(name, TextCodec.of_tokenizer(tokenizer))
+    assert task.vocab_size == tokenizer.vocab_size
+    for episode in itertools.islice(episodes(task, length=1200), 3):
         (span,) = answer_spans(episode.answer)
         solved = task.solve(episode.tokens[: span.start])
         np.testing.assert_array_equal(solved, episode.tokens[span])
+        in_bytes = next(episodes(TASKS[name], length=1200)).tokens
+        assert not np.array_equal(episode.tokens, in_bytes)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tokens_are_below_the_vocabulary_size(name):
+    assert max(e.tokens.max() for e in take(name, 5)) < TASKS[name].vocab_size
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -115,3 +149,5 @@ def test_bad_arguments():
         MultiQueryRecall(pairs=8, vocab_size=8)
     with pytest.raises(ValueError, match="depth=2"):
         Needle(depth=2)
+    with pytest.raises(ValueError, match="unknown task haystack; there are needle"):
+        named_task("haystack")
