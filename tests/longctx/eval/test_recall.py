@@ -54,9 +54,9 @@ def test_episodes_may_have_answers_of_different_lengths():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps on MQAR."""
+    """A run of four steps on MQAR."""
     run = tmp_path_factory.mktemp("mqar") / "run"
-    config = tiny_run("task:mqar", TRANSFORMER, steps=2)
+    config = tiny_run("task:mqar", TRANSFORMER, steps=4)
     train(
         dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=40)), run
     )
