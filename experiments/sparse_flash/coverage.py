@@ -86,7 +86,7 @@ def _shares(length: int, buckets: str) -> Row:
     hashes = jax.random.categorical(jax.random.key(length), logits, shape=(1, length, HEADS))
     plan = _plan(hashes)
     wanted = sum(
-        n * (n - 1) // 2
+        int(n) * (int(n) - 1) // 2
         for head in np.asarray(hashes[0]).T
         for n in np.bincount(head, minlength=BUCKETS)
     )

@@ -1,5 +1,6 @@
 """The experiments of 2306.01160 and 2410.20926: arms differ by their attention; coverage is 1."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def test_models_have_the_papers_sizes():
     assert round(count_parameters(tensorized["dense"].model) / 1e9, 1) == 8.0
 
 
-def check_figure(experiment, rows, folder):
+def check_outputs(experiment, rows, folder):
+    """Rows can be written down, and are drawn."""
+    assert json.dumps(list(rows))
     experiment.draw(rows, folder / "figure.png")
     assert (folder / "figure.png").stat().st_size > 1000
 
@@ -61,7 +64,7 @@ def test_sparse_comparison_shows_loss_by_step_and_time(tmp_path, monkeypatch):
         "| drop 0.7 | 0 | 18 | never |",
     ):
         assert line in table
-    check_figure(experiment, rows, tmp_path)
+    check_outputs(experiment, rows, tmp_path)
 
 
 def test_runtime_shows_the_papers_ratios(tmp_path):
@@ -83,7 +86,7 @@ def test_runtime_shows_the_papers_ratios(tmp_path):
         for name in ms
     ]
     assert "| 32768 | 4 | hash nb=16 | 40.00 | 4.00 | 9 | 373 | 2.69 |" in experiment.table(rows)
-    check_figure(experiment, rows, tmp_path)
+    check_outputs(experiment, rows, tmp_path)
 
 
 def test_coverage_counts_every_pair(tmp_path):
@@ -96,7 +99,7 @@ def test_coverage_counts_every_pair(tmp_path):
         assert row["mean_chunks"] > 0.99
     assert all(row["mean_chunks"] < 0.8 for row in uneven)
     assert "| even | 4096 | 1.000 |" in experiment.table(rows)
-    check_figure(experiment, rows, tmp_path)
+    check_outputs(experiment, rows, tmp_path)
 
 
 def test_tiles_of_intervals_are_fewer_than_released(tmp_path):
@@ -107,4 +110,4 @@ def test_tiles_of_intervals_are_fewer_than_released(tmp_path):
     assert all(r["intervals"] < r["released"] <= r["dense"] for r in hashed)
     assert all(r["intervals"] == r["released"] < r["dense"] for r in dropped)
     assert "| 512 | drop 0.7 | 10 |" in experiment.table(rows)
-    check_figure(experiment, rows, tmp_path)
+    check_outputs(experiment, rows, tmp_path)
