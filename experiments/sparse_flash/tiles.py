@@ -1,8 +1,8 @@
 """Tiles of scores that sparse attention computes: intervals against the released bounds.
 
-Claim (2306.01160, released kernels): a program finds at run time which tiles of keys its tile of
-queries needs. For hash buckets the released rule stops at the last tile that holds any early key;
-that tile reaches into the next bucket, whose first keys are early, so next to nothing is cut off.
+Claim (2306.01160, released kernels): a tile of queries computes only those tiles of keys that some
+of its queries may see. For hash buckets the released rule computes more: it stops at the last tile
+that holds any early key, and that tile reaches into the next bucket, whose first keys are early.
 Command: longctx reproduce experiments/sparse_flash/tiles.py --scale paper
 Expected: tiles of intervals are those with a pair, no fewer are possible; 1.6 to 1.85 times fewer
 than released for hashing, and the same for dropping. No hardware is needed.
