@@ -3,14 +3,16 @@
     python -m experiments.bench.lightning [--groups shapes lengths heads ...] [--out results/...]
 
 Groups: `shapes`, the four that targets are set for, and `heads`: together the same number of
-tokens per call with 256 to 16 heads in all; `lengths`, one row from 16K to 1M tokens; `worst`,
-few heads and no decay. Off a GPU there is only `lengths`, smaller. Decays are ALiBi's slopes.
+tokens per call with 256 to 16 heads in all; `lengths`, one row of 16 heads from 16K to 1M tokens;
+`full`, a chip full of heads (128 in all) from 4K to 128K; `worst`, few heads and no decay. Off a
+GPU there is only `lengths`, smaller. Decays are ALiBi's slopes.
 
-Peers, where installed: flash-linear-attention's chunk_simple_gla and fused_chunk_simple_gla. One
-that is absent is named in the output. `xla` is our chunked loop in plain JAX. Times are medians of
-warm, queued calls in one process; the floor is what reading the inputs and writing the outputs
-once costs at the rate of a copy measured in the same run. Errors are relative RMS errors against
-float64. Writes JSONL and, with `lengths`, a plot of the time per token beside it.
+Peers, where installed: flash-linear-attention's chunk_simple_gla and its fused variants. One that
+is absent is named in the output. `scan` is the textbook's chunked loop in plain JAX, `xla` our own.
+Times are medians of warm, queued calls in one process; the floor is what reading the inputs and
+writing the outputs once costs at the rate of a copy measured in the same run. Errors are relative
+RMS errors against float64. Writes JSONL and, with `lengths`, a plot of the time per token beside
+it; prints the rows, and what they must show.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench._claims import Claim, claims_table, over
 from experiments.bench._timing import read_rows, time_ms, write_rows
 from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
 
@@ -72,6 +75,7 @@ def groups_for(platform: str) -> dict[str, list[Shape]]:
         "heads": [Shape(2, 16384)],
         "worst": [Shape(1, 32768, decays=False)],
         "lengths": [Shape(1, 16384 * n) for n in (1, 4, 16, 64)],
+        "full": [Shape(8, 4096 * n) for n in (1, 4, 16, 32)],
     }
 
 
@@ -98,6 +102,41 @@ def of_ours(backend: str, q, k, v, do, log_decay) -> Calls:
     return Calls(lambda: forward(q, k, v, log_decay), lambda: both(q, k, v, do, log_decay))
 
 
+def of_scan(q, k, v, do, log_decay) -> Calls:
+    """The chunked form as a textbook has it: a scan over chunks of 64, derived by autodiff."""
+    chunk = 64
+    i = jnp.arange(chunk)
+    rate = log_decay.astype(jnp.float32)[:, None]
+    pair = jnp.where(i[:, None] >= i, jnp.exp(rate[:, :, None] * (i[:, None] - i)), 0)
+    query, key = jnp.exp(rate * (i + 1)), jnp.exp(rate * (chunk - 1 - i))
+    through = jnp.exp(rate * chunk)[:, :, None]
+
+    @jax.jit
+    def forward(q, k, v):
+        def step(state, rows):
+            q, k, v = rows  # [B, C, H, D]
+            scores = jnp.einsum("bthd,bshd->bhts", q, k) * pair
+            o = jnp.einsum("bhts,bshe->bthe", scores.astype(v.dtype), v)
+            o += jnp.einsum("bthd,ht,bhde->bthe", q, query, state)
+            return through * state + jnp.einsum("bshd,hs,bshe->bhde", k, key, v), o.astype(v.dtype)
+
+        batch, length, heads, width = q.shape
+        chunks = (
+            jnp.moveaxis(x.reshape(batch, length // chunk, chunk, heads, width), 1, 0)
+            for x in (q, k, v)
+        )
+        state = jnp.zeros((batch, heads, width, width), jnp.float32)
+        _, o = jax.lax.scan(step, state, tuple(chunks))
+        return jnp.moveaxis(o, 0, 1).reshape(v.shape)
+
+    @jax.jit
+    def both(q, k, v, do):
+        o, pullback = jax.vjp(forward, q, k, v)
+        return o, *pullback(do)
+
+    return Calls(lambda: forward(q, k, v), lambda: both(q, k, v, do))
+
+
 def of_fla(name: str, q, k, v, do, log_decay) -> Calls:
     """An operator of flash-linear-attention on the same memory."""
     torch = importlib.import_module("torch")
@@ -120,8 +159,11 @@ def of_fla(name: str, q, k, v, do, log_decay) -> Calls:
 IMPLEMENTATIONS = {
     "ours": functools.partial(of_ours, "auto"),
     "xla": functools.partial(of_ours, "xla"),
-    "fla chunk_simple_gla": functools.partial(of_fla, "chunk_simple_gla"),
-    "fla fused_chunk_simple_gla": functools.partial(of_fla, "fused_chunk_simple_gla"),
+    "scan": of_scan,
+    **{
+        f"fla {name}": functools.partial(of_fla, name)
+        for name in ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
+    },
 }
 
 
@@ -158,19 +200,20 @@ def measure(group: str, shape: Shape, names: Sequence[str], exact: bool) -> Iter
     inputs = shape.inputs()
     about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
     wanted = float64(*inputs) if exact else None
+    tokens = shape.batch * shape.length
     for name in names:
         row: dict[str, Any] = {**about, "implementation": name}
         try:
             calls = IMPLEMENTATIONS[name](*inputs)
-        except ImportError as missing:
-            yield {**row, "absent": str(missing)}
-            continue
-        tokens = shape.batch * shape.length
-        for what, call in (("forward", calls.forward), ("both", calls.both)):
-            row[f"{what}_ms"] = time_ms(call, wait=calls.wait)
-            row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
-        if wanted is not None:
-            row["errors"] = errors(calls.both(), wanted)
+            for what, call in (("forward", calls.forward), ("both", calls.both)):
+                row[f"{what}_ms"] = time_ms(call, wait=calls.wait)
+                row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
+            if wanted is not None:
+                row["errors"] = errors(calls.both(), wanted)
+        except (ImportError, AttributeError, TypeError, RuntimeError) as reason:
+            if name == "ours":
+                raise
+            row["absent"] = f"{type(reason).__name__}: {str(reason)[:200]}"
         yield row
 
 
@@ -214,16 +257,57 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def claims(rows: list[dict]) -> Iterator[Claim]:
+    """What the kernels must show on an H100."""
+    found = {
+        (r["batch"], r["length"], r["heads"], r["decays"], r["implementation"]): r
+        for r in rows
+        if "both_ms" in r
+    }
+
+    def value(key: str, batch: int, length: int, name: str = "ours") -> Any:
+        return found.get((batch, length, 16, True, name), {}).get(key)
+
+    rival = "fla chunk_simple_gla"
+    for shape, bound in (
+        ((16, 2048), 0.45),
+        ((4, 8192), 0.5),
+        ((1, 32768), 0.35),
+        ((1, 131072), 0.35),
+    ):
+        where = f"{shape[0]} x {shape[1]}"
+        for key, most in (("forward_ms", bound), ("both_ms", 0.42)):
+            ratio = over(value(key, *shape), value(key, *shape, rival))
+            yield Claim(f"{key.removesuffix('_ms')} over fla's, {where}", ratio, most)
+        ours, theirs = value("errors", *shape), value("errors", *shape, rival)
+        worst = ours and max(ours.values())
+        yield Claim(f"worst relative error, {where}", worst, 5e-3)
+        worst = ours and theirs and max(ours[n] / theirs[n] for n in NAMES)
+        yield Claim(f"worst error over fla's, {where}", worst, 1.001)
+    share = value("forward_of_floor", 16, 2048)
+    yield Claim("forward, share of the byte floor on a full chip", share, 0.85, at_least=True)
+    for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+        ratio = over(value(key, 1, 32768), value(key, 16, 2048))
+        yield Claim(f"{name}, 16 heads in all over a full chip, 32768 tokens", ratio, 1.5)
+    for group in ("lengths", "full"):
+        for key in ("forward_ns_per_token", "both_ns_per_token"):
+            per_token = [r[key] for r in rows if r["group"] == group and key in r]
+            spread = max(per_token) / min(per_token) if len(per_token) > 1 else None
+            yield Claim(f"{group}: largest over smallest {key}", spread, 1.05)
+
+
 def plot(rows: list[dict], path: Path) -> None:
-    """Time per token against length, from the group `lengths`."""
-    rows = [row for row in rows if row["group"] == "lengths"]
+    """Time per token against length, from the groups `lengths` and `full`."""
+    rows = [r for r in rows if r["group"] in ("lengths", "full") and "both_ms" in r]
     if not rows:
         return
     pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-    for name, label in (("forward", "forward"), ("both", "forward + backward")):
-        points = [(row["length"], row[f"{name}_ns_per_token"]) for row in rows]
-        axes.plot(*np.transpose(points), marker="o", label=label)
+    for batch in sorted({row["batch"] for row in rows}):
+        for name, label in (("forward", "forward"), ("both", "forward + backward")):
+            points = [(r["length"], r[f"{name}_ns_per_token"]) for r in rows if r["batch"] == batch]
+            many = f", {batch} rows" if batch > 1 else ""
+            axes.plot(*np.transpose(points), marker="o", label=label + many)
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("length, tokens")
@@ -241,15 +325,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--groups", nargs="+", choices=groups, default=list(groups))
     parser.add_argument("--out", type=Path, default=RESULTS / f"lightning_{platform}.jsonl")
-    parser.add_argument("--plot", type=Path, help="only plot these rows")
+    parser.add_argument("--plot", type=Path, help="only plot and print these rows")
     options = parser.parse_args()
     if options.plot:
-        return plot(read_rows(options.plot), options.plot)
+        rows = read_rows(options.plot)
+        print(table(rows), claims_table(claims(rows)), sep="\n\n")
+        return plot(rows, options.plot)
 
     rows: list[dict] = []
     rate = 0.0
     for group in options.groups:
-        names = list(IMPLEMENTATIONS) if group == "shapes" else ["ours"]
+        names = list(IMPLEMENTATIONS) if group in ("shapes", "worst") else ["ours"]
         for shape in groups[group]:
             for row in measure(group, shape, names, exact=group in ("shapes", "worst")):
                 print(row, flush=True)
@@ -258,6 +344,8 @@ def main() -> None:
             add_floors(rows, rate)
             write_rows(options.out, rows)
     print(table(rows))
+    if platform == "gpu":
+        print(claims_table(claims(rows)))
     if importlib.util.find_spec("matplotlib") is None:
         print(f"matplotlib is absent; for the plot: --plot {options.out}")
     else:
