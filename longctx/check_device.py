@@ -143,7 +143,7 @@ def _both(check: Check, backend: str, arrays: Sequence[jax.Array]) -> tuple[Any,
 
 
 def worst_error(ours: Any, wanted: Any) -> float:
-    """The largest relative RMS error of any array; NaN, which is never small, if one is not finite."""
+    """The largest relative RMS error of any array; NaN, never small, if one is not finite."""
 
     def error(a: jax.Array, b: jax.Array) -> float:
         found, exact = (np.asarray(x, np.float64) for x in (a, b))
@@ -162,14 +162,14 @@ def worst_error(ours: Any, wanted: Any) -> float:
 def _times(check: Check, backend: str, tokens: int) -> dict[str, float]:
     arrays = check.draw(tokens, batch=1)
     forward = jax.jit(lambda *a: check.operator(backend, *a))
-    found = {"forward_ms": _milliseconds(forward, arrays)}
+    found = {"forward_ms": milliseconds(forward, arrays)}
     if check.gradients:
         both = jax.jit(lambda *a: _both(check, backend, a))
-        found["forward_backward_ms"] = _milliseconds(both, arrays)
+        found["forward_backward_ms"] = milliseconds(both, arrays)
     return found
 
 
-def _milliseconds(function: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
+def milliseconds(function: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
     """Of one call, the mean over ten queued ones."""
     jax.block_until_ready(function(*arrays))
     began = time.perf_counter()

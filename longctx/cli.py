@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reproduce": ("run experiments of the papers", "longctx.reproduce.command:reproduce"),
     "plan": ("compile a training step for a pod and report its cost", "longctx.plan:plan"),
     "check-device": ("check and time the kernels here", "longctx.check_device:check_device"),
+    "tune-device": ("choose the kernels' tile sizes here", "longctx.tune_device:tune_device"),
 }
 
 

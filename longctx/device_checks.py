@@ -126,10 +126,9 @@ def _final_state(backend: str, q, k, v, log_decay, state) -> Any:
 def _decode(backend: str, q, k, v, log_decay, state) -> Any:
     """The first token; `lightning_step` is the same on every platform."""
     if backend == "reference":
-        first = (x[:, :1] for x in (q, k, v))
-        o, state = _lightning(backend, *first, log_decay, state)
+        o, state = _lightning(backend, q[:, :1], k[:, :1], v[:, :1], log_decay, state)
         return o[:, 0], state
-    return lightning_step(*(x[:, 0] for x in (q, k, v)), log_decay, state)
+    return lightning_step(q[:, 0], k[:, 0], v[:, 0], log_decay, state)
 
 
 def _flash(
@@ -164,10 +163,10 @@ def _two_hops(backend: str, q, k, v) -> Any:
     o, lse = carry
     do = v  # as good as any
     delta = jnp.einsum("bthe,bthe->bht", do.astype(o.dtype), o, precision="highest")
-    dq, *sums = (jnp.ones(x.shape, o.dtype) for x in (q, k, v))
+    dq, dk, dv = (jnp.ones(x.shape, o.dtype) for x in (q, k, v))
     found = []
     for keys, offset in blocks:
-        before = (dq, *(x[:, keys] for x in sums))
+        before = (dq, dk[:, keys], dv[:, keys])
         dq, *dk_dv = block_backward(
             q, k[:, keys], v[:, keys], do, lse, delta, accumulate=before, **how(q_offset=offset)
         )

@@ -5,10 +5,25 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import jax
 from jax import lax
 
 # Backends that exist for one platform only, by the name under which XLA lowers for it.
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def target() -> Any:
+    """The device being compiled for, as far as it is known: `platform`, `device_kind`."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+
+
+def not_hopper() -> str | None:
+    """Why kernels for Hopper GPUs cannot run on the GPU being compiled for, or None."""
+    device = target()
+    if device.platform != "gpu" or any(name in device.device_kind for name in HOPPER):
+        return None
+    return f"the kernels are written for Hopper GPUs, not for {device.device_kind}"
 
 
 def check_backend(backend: str, modules: Mapping[str, ModuleType], spec: Any) -> None:

@@ -1,7 +1,7 @@
 """Flash attention on Hopper GPUs (sm_90a) by Mosaic GPU: padding, bounds and the choice of kernels.
 
-The kernels are in `gpu_forward.py` and `gpu_backward.py`. They read and write `[B, T, H, D]` where
-it lies; only lengths that are no whole tiles and head widths that are not 64, 128 or 256 are
+The kernels are in `gpu_forward.py` and `gpu_backward_*.py`. They read and write `[B, T, H, D]`
+where it lies; only lengths that are no whole tiles and head widths that are not 64, 128 or 256 are
 padded here. One backward kernel computes dk, dv and, by reductions in float32, dq; where the
 result must be deterministic or a head is wider than 128, dq has a kernel of its own.
 """
@@ -13,12 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._dispatch import not_hopper
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.flash_attention.gpu_backward import backward_keys, backward_rows
+from pallas_kernels.flash_attention.gpu_backward_keys import backward_keys
+from pallas_kernels.flash_attention.gpu_backward_roles import backward_keys_by_role
+from pallas_kernels.flash_attention.gpu_backward_rows import backward_rows
 from pallas_kernels.flash_attention.gpu_common import LOG2E, Visible
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
-from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec
+from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
 
 WIDTHS = tuple(GPU_TILES)  # of heads, after padding
 
@@ -35,9 +38,7 @@ def unsupported(spec: Spec) -> str | None:
         return f"head width {width} is above {WIDTHS[-1]}"
     if not spec.scale > 0:
         return f"scale={spec.scale} is not positive"
-    if min(spec.batch, spec.q_length, spec.kv_length) < 1:
-        return "there are no rows or no keys"
-    return None
+    return not_hopper()
 
 
 def fwd(
@@ -53,7 +54,7 @@ def fwd(
     interpret: Any = None,
 ) -> Carry:
     """See `xla.fwd`. `interpret`: parameters of the interpreter, for tests."""
-    tile = (tiles or default_tiles(spec)).forward
+    tile = (tiles or _tiles(spec)).forward
     axes = varying_axes(q, k, v, lo, hi, *(carry or ()))
     visible = _visible(spec, lo, hi, tile, row_bounds)
     if carry is not None:
@@ -82,9 +83,8 @@ def bwd(
     interpret: Any = None,
 ) -> Gradients:
     """See `xla.bwd`. The interpreter knows no reductions: there it is always deterministic."""
-    tiles = tiles or default_tiles(spec)
+    tiles = tiles or _tiles(spec)
     axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *(accumulate or ()))
-    reduces = not (spec.deterministic or tiles.values is not None or interpret is not None)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # 2^(s - inf) = 0: such rows vanish
     rows, keys = tiles.rows.q, tiles.keys.kv  # multiples of the other kernels' tiles
     wide = _table_width(spec)
@@ -99,48 +99,46 @@ def bwd(
             "dk": _pad(accumulate[1], keys, wide),
             "dv": _pad(accumulate[2], keys),
         }
-    found = {}
-    if reduces:
+
+    def by_keys(dq: Any, *want: str) -> tuple[Array, ...]:
+        visible = _visible(spec, lo, hi, tiles.keys, column_bounds)
+        some = {name: sums[name] for name in want if name in sums}
+        args = (q, k, v, visible, do, lse, delta)
+        how = {"spec": spec, "tiles": tiles.keys, "interpret": interpret}
+        if tiles.passes == "roles":
+            return backward_keys_by_role(*args, some, **how)
+        return backward_keys(*args, dq, some, want=want, **how)
+
+    if tiles.passes == "together" and not spec.deterministic and interpret is None:
         # Tied to the keys, else XLA makes the zeros of all hops of a ring at once, and keeps them.
         zero, k = lax.optimization_barrier((jnp.zeros((), jnp.float32), k))
-        dq = jax.new_ref(sums.pop("dq") if sums else jnp.full(q.shape, zero))
-        passes = ((("dk", "dv"), tiles.keys),)
+        ref = jax.new_ref(sums["dq"] if sums else jnp.full(q.shape, zero))
+        dk, dv = by_keys(ref, "dk", "dv")
+        dq = jax.freeze(ref)
+        dq = dq if sums else dq.astype(spec.out_dtype)
     else:
-        dq = None
-        found["dq"] = backward_rows(
-            q, k, v, _visible(spec, lo, hi, tiles.rows, row_bounds), do, lse, delta,
-            sums.pop("dq", None), spec=spec, tiles=tiles.rows, interpret=interpret,
+        visible = _visible(spec, lo, hi, tiles.rows, row_bounds)
+        dq = backward_rows(
+            q, k, v, visible, do, lse, delta, sums.get("dq"),
+            spec=spec, tiles=tiles.rows, interpret=interpret,
         )  # fmt: skip
-        passes = (
-            ((("dk", "dv"), tiles.keys),)
-            if tiles.values is None
-            else ((("dk",), tiles.keys), (("dv",), tiles.values))
-        )
-    for want, tile in passes:
-        visible = _visible(spec, lo, hi, tile, column_bounds)
-        some = {x: sums[x] for x in want if x in sums}
-        out = backward_keys(
-            q, k, v, visible, do, lse, delta, dq, some,
-            want=want, spec=spec, tiles=tile, interpret=interpret,
-        )  # fmt: skip
-        found |= dict(zip(want, out, strict=True))
-    if dq is not None:
-        summed = jax.freeze(dq)
-        found["dq"] = summed if accumulate is not None else summed.astype(spec.out_dtype)
+        if tiles.passes == "apart":
+            (dk,), (dv,) = by_keys(None, "dk"), by_keys(None, "dv")
+        else:
+            dk, dv = by_keys(None, "dk", "dv")
     dq, dk, dv = (
-        found[name][:, :length, :, :width]
-        for name, length, width in (
-            ("dq", spec.q_length, spec.key_width),
-            ("dk", spec.kv_length, spec.key_width),
-            ("dv", spec.kv_length, spec.value_width),
+        x[:, :length, :, :width]
+        for x, length, width in (
+            (dq, spec.q_length, spec.key_width),
+            (dk, spec.kv_length, spec.key_width),
+            (dv, spec.kv_length, spec.value_width),
         )
     )
     return unify_varying((dq, dk, dv), axes)
 
 
-def default_tiles(spec: Spec) -> GpuTiles:
-    """The measured tiles for the head width."""
-    return GPU_TILES[_table_width(spec)]
+def _tiles(spec: Spec) -> GpuTiles:
+    return gpu_tiles(_table_width(spec))
 
 
 def _table_width(spec: Spec) -> int:

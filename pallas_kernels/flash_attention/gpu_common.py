@@ -1,5 +1,6 @@
 """What the Hopper kernels share: which tiles run, which keys a row sees, scores as exponents."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ ROWS = 64  # of the accumulator of one warpgroup
 MEMORY_REGISTERS = 24  # per thread of the warpgroup that loads
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}  # by the number of compute warpgroups
 WGMMA = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 class Visible(NamedTuple):
@@ -117,6 +120,38 @@ def column_tile_bounds(spec: Spec, tiles: KernelTiles, index) -> tuple:
 
 def _up(count, size: int):
     return lax.div(count + (size - 1), size)
+
+
+def walk_rows(spec: Spec, tiles: KernelTiles, ranges, b, kv_head, tile, visit: Callable, state):
+    """Visit the query tiles that see key tile `tile`, of every query head that reads the key head.
+
+    state = visit(masked, query head, n - i, i, state) at the n-th step, for query tile i. Returns
+    the number of steps and the last state.
+    """
+
+    def head(member, carry):
+        n, state = carry
+        h = kv_head * spec.group + member
+        start, full_start, full_stop, stop = tile_bounds(
+            ranges, b, h, tile, lambda: column_tile_bounds(spec, tiles, tile)
+        )
+        for first, last, masked in (
+            (start, full_start, True),
+            (full_start, full_stop, False),
+            (full_stop, stop, True),
+        ):
+            step = functools.partial(visit, masked, h, n - start)
+            state = lax.fori_loop(first, last, step, state)
+        return n + stop - start, state
+
+    return lax.fori_loop(0, spec.group, head, (jnp.int32(0), state))
+
+
+def write_gradient(gmem, value: jax.Array, sums: dict[str, Any], name: str, at: tuple) -> None:
+    """Store a block's gradient, added to what `sums[name]` has at the same place if it is there."""
+    if name in sums:
+        value += plgpu.load(sums[name].at[*at], layout=WGMMA, optimized=False)
+    gmem[...] = value.astype(gmem.dtype)
 
 
 def exponent_scale(spec: Spec) -> float:

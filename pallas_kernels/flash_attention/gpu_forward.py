@@ -25,6 +25,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     LOG2E,
     MEMORY_REGISTERS,
+    PER_ROW,
     ROWS,
     SWIZZLED,
     WGMMA,
@@ -41,8 +42,6 @@ from pallas_kernels.flash_attention.gpu_common import (
     tile_bounds,
 )
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
-
-PER_ROW = WGMMA.reduce(1)
 
 
 def forward(

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
+
+from pallas_kernels._tuned import tuned_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +88,17 @@ class KernelTiles(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
-    """Tiles of the Hopper kernels; `values` is None where one pass computes both dk and dv."""
+    """Tiles of the Hopper kernels.
+
+    `passes` says how dk and dv are made: "together" by one kernel, which reduces dq too; "apart"
+    by a launch each; "roles" by one kernel in which one warpgroup makes dv and one dk. The kernel
+    of the `rows` makes dq, except where it is reduced.
+    """
 
     forward: KernelTiles
-    keys: KernelTiles  # dk, with dv unless that has a pass of its own
-    values: KernelTiles | None  # dv
-    rows: KernelTiles  # dq
+    keys: KernelTiles
+    rows: KernelTiles
+    passes: Literal["together", "apart", "roles"] = "together"
 
     def __post_init__(self):
         if self.rows.q % self.keys.q or self.keys.kv % self.rows.kv:
@@ -98,30 +106,41 @@ class GpuTiles:
                 f"GpuTiles: rows.q={self.rows.q} must be a multiple of keys.q={self.keys.q},"
                 f" keys.kv={self.keys.kv} of rows.kv={self.rows.kv}"
             )
-        if self.values and (self.values.q, self.values.kv) != (self.keys.q, self.keys.kv):
-            raise ValueError(f"GpuTiles: values={self.values} must have the q and kv of keys")
+        if self.passes not in ("together", "apart", "roles"):
+            raise ValueError(f"GpuTiles.passes={self.passes!r} must be together, apart or roles")
+        if self.passes == "roles" and self.keys.kv != 64:
+            raise ValueError(f"GpuTiles: keys.kv={self.keys.kv} must be 64 where passes='roles'")
 
 
 GPU_TILES = {  # by the larger padded head width; measured on an H100
     64: GpuTiles(
         forward=KernelTiles(q=192, kv=128),
         keys=KernelTiles(q=128, kv=128),
-        values=None,
         rows=KernelTiles(q=128, kv=128),
     ),
     128: GpuTiles(
         forward=KernelTiles(q=128, kv=128),
         keys=KernelTiles(q=64, kv=128),
-        values=None,
         rows=KernelTiles(q=128, kv=128),
     ),
     256: GpuTiles(
         forward=KernelTiles(q=128, kv=64),
         keys=KernelTiles(q=64, kv=128, early_stages=1),
-        values=KernelTiles(q=64, kv=128),
         rows=KernelTiles(q=128, kv=64, early_stages=1),
+        passes="apart",
     ),
 }
+
+
+def gpu_tiles(width: int) -> GpuTiles:
+    """Tiles for padded head width `width`: as tuned for the device, else `GPU_TILES`."""
+    tuned = tuned_tiles("flash_attention", f"gpu {width}")
+    if tuned is None:
+        return GPU_TILES[width]
+    kernels = {n: KernelTiles(**tuned[n]) for n in ("forward", "keys", "rows")}
+    return GpuTiles(**kernels, passes=tuned["passes"])
+
+
 TPU_LANES = 128
 
 
@@ -150,6 +169,15 @@ class TpuTiles(Tiles):
 
 
 def tpu_tiles(spec: Spec) -> TpuTiles:
-    """Default tiles of the TPU kernels: as large as the fast memory of every generation allows."""
-    size = 1024 if max(spec.key_width, spec.value_width) * spec.dtype.itemsize <= 256 else 512
+    """Tiles as tuned, else as large as the fast memory of every generation allows."""
+    width = max(spec.key_width, spec.value_width)
+    tuned = tuned_tiles("flash_attention", tpu_key(width, spec.dtype))
+    if tuned is not None:
+        return TpuTiles(**tuned).fit(spec)
+    size = 1024 if width * spec.dtype.itemsize <= 256 else 512
     return TpuTiles(q=size, kv=size, chunk=512).fit(spec)
+
+
+def tpu_key(width: int, dtype: jnp.dtype) -> str:
+    """The entry of the tuned table for heads of a width."""
+    return f"tpu {width} {jnp.dtype(dtype).name}"

@@ -8,10 +8,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._dispatch import not_hopper
 from pallas_kernels._pallas import pl, unify_varying, varying_axes
 from pallas_kernels.lightning_attention.gpu_common import CHUNK, Split
 from pallas_kernels.lightning_attention.gpu_states import Direction, partial_states
@@ -20,7 +20,6 @@ from pallas_kernels.lightning_attention.tiles import GpuTiles, Spec, gpu_tiles
 
 LOG2_E = 1.4426950408889634
 MAX_WIDTH = 256
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def unsupported(spec: Spec) -> str | None:
@@ -29,10 +28,7 @@ def unsupported(spec: Spec) -> str | None:
         return f"its tensor cores multiply bfloat16 or float16, not {jnp.dtype(spec.dtype).name}"
     if max(spec.key_width, spec.value_width) > MAX_WIDTH:
         return f"head widths {spec.key_width} and {spec.value_width} must be at most {MAX_WIDTH}"
-    target = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-    if target.platform == "gpu" and not any(name in target.device_kind for name in HOPPER):
-        return f"the kernels are written for Hopper GPUs, not for {target.device_kind}"
-    return None
+    return not_hopper()
 
 
 def _pad(x: Array, sizes: dict[int, int]) -> Array:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
+
+from pallas_kernels._dispatch import target
+from pallas_kernels._tuned import tuned_tiles
 
 
 def state_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -57,16 +60,56 @@ class GpuTiles:
             raise ValueError(f"stages={self.stages} must be at least 2")
 
 
-# Of H100 and H200. A price is the time of a chunk of 64 tokens in microseconds, for a block alone
-# and for each of a full wave of them, by workers; measured on an H100 at head width 128.
-MULTIPROCESSORS = 132
-SWEEP = {1: (1.3, 1.7), 2: (2.1, 3.1)}
-STATE = (0.9, 1.5)
-SEGMENT = 3.0  # to write, join and read its states
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """What a call costs on one kind of GPU, from which `gpu_tiles` finds the cheapest split.
+
+    A pair is the time of a chunk of 64 tokens in microseconds, for a block alone and for each of
+    a full wave of blocks, at head width 128.
+
+    Attributes:
+      multiprocessors: blocks of a full wave.
+      one_worker, two_workers: of the sweep, by its compute warpgroups.
+      states: of the pass that finds the segments' states.
+      segment: microseconds to write, join and read the states of a segment.
+    """
+
+    multiprocessors: int
+    one_worker: tuple[float, float]
+    two_workers: tuple[float, float]
+    states: tuple[float, float]
+    segment: float
+
+    def waves(self, blocks: int, price: tuple[float, float]) -> float:
+        """Microseconds that a chunk of each of `blocks` takes."""
+        alone, full = price
+        whole, rest = divmod(blocks, self.multiprocessors)
+        return whole * full + (alone + (full - alone) * rest / self.multiprocessors if rest else 0)
+
+    def of(self, tiles: GpuTiles, heads: int, chunks: int, slices: Sequence[int]) -> float:
+        """Microseconds of a call: `heads`, `chunks` and `slices` as in `gpu_tiles`."""
+        workers, segments = tiles.workers, tiles.segments
+        blocks = heads * segments * sum(n // math.gcd(n, workers) for n in slices)
+        per_chunk = self.waves(blocks, self.two_workers if workers == 2 else self.one_worker)
+        if segments > 1:
+            blocks = heads * (segments - 1) * -(-max(slices) // 2) * min(len(slices), 2)
+            per_chunk += self.waves(blocks, self.states)
+        return per_chunk * -(-chunks // segments) + self.segment * (segments if segments > 1 else 0)
 
 
-def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTiles:
+H100 = Prices(
+    multiprocessors=132,
+    one_worker=(1.3, 1.7),
+    two_workers=(2.1, 3.1),
+    states=(0.9, 1.5),
+    segment=3.0,
+)
+
+
+def gpu_tiles(heads: int, chunks: int, slices: Sequence[int], widest: int) -> GpuTiles:
     """The default: the sequence in as many segments as make the call cheapest.
+
+    Prices are those tuned for the device, else an H100's.
 
     Args:
       heads: batch rows times heads.
@@ -74,23 +117,12 @@ def gpu_tiles(heads: int, chunks: int, slices: list[int], widest: int) -> GpuTil
       slices: of 64 columns, in each array that one launch makes.
       widest: slices of the widest array that it reads.
     """
-
-    def waves(blocks: int, alone: float, full: float) -> float:
-        whole, rest = divmod(blocks, MULTIPROCESSORS)
-        return whole * full + (alone + (full - alone) * rest / MULTIPROCESSORS if rest else 0)
-
-    def price(tiles: GpuTiles) -> float:
-        workers, segments = tiles.workers, tiles.segments
-        blocks = heads * segments * sum(n // math.gcd(n, workers) for n in slices)
-        per_chunk = waves(blocks, *SWEEP[workers])
-        if segments > 1:
-            blocks = heads * (segments - 1) * -(-max(slices) // 2) * min(len(slices), 2)
-            per_chunk += waves(blocks, *STATE)
-        return per_chunk * -(-chunks // segments) + SEGMENT * (segments if segments > 1 else 0)
-
+    tuned = tuned_tiles("lightning_attention", "gpu")
+    prices = H100 if tuned is None else Prices(**tuned)
     kinds = [(2, 2), (1, 3)] if widest <= 2 else [(1, 3 if widest == 3 else 2)]
     segments = range(1, max(1, min(64, chunks // 8)) + 1)
-    return min((GpuTiles(n, *kind) for n in segments for kind in kinds), key=price)
+    choices = (GpuTiles(n, *kind) for n in segments for kind in kinds)
+    return min(choices, key=lambda tiles: prices.of(tiles, heads, chunks, slices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +147,15 @@ TPU_BLOCK_BYTES = 1024 * 128 * 2  # of one operand: the six of the backward, twi
 
 
 def tpu_tiles(width: int, dtype: jnp.dtype) -> TpuTiles:
-    """The default for the TPU being compiled for; for an unknown one what every TPU can run."""
-    target = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-    chunk = TPU_CHUNK.get(target.device_kind, 128)
+    """As tuned, or by the TPU being compiled for; for an unknown one what every TPU can run."""
+    tuned = tuned_tiles("lightning_attention", tpu_key(width, dtype))
+    if tuned is not None:
+        return TpuTiles(**tuned)
+    chunk = TPU_CHUNK.get(target().device_kind, 128)
     rows = TPU_BLOCK_BYTES // (width * jnp.dtype(dtype).itemsize)
     return TpuTiles(chunk, max(rows // chunk, 1) * chunk)
+
+
+def tpu_key(width: int, dtype: jnp.dtype) -> str:
+    """The entry of the tuned table for heads of a width."""
+    return f"tpu {width} {jnp.dtype(dtype).name}"

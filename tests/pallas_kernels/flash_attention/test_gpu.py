@@ -34,15 +34,15 @@ DATA = P("data")
 TOGETHER = GpuTiles(
     forward=KernelTiles(q=128, kv=64),
     keys=KernelTiles(q=64, kv=128),
-    values=None,
     rows=KernelTiles(q=128, kv=64),
 )
 APART = dataclasses.replace(
     TOGETHER,
     keys=KernelTiles(q=64, kv=128, early_stages=1),
-    values=KernelTiles(q=64, kv=128),
     rows=KernelTiles(q=128, kv=64, early_stages=1),
+    passes="apart",
 )
+BY_ROLE = dataclasses.replace(TOGETHER, keys=KernelTiles(q=64, kv=64), passes="roles")
 
 
 def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
@@ -87,17 +87,19 @@ def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
 half = functools.partial(inputs, dtype=jnp.bfloat16)
 
 
-def test_interpreted_window_offset_and_soft_cap(capfd):
+@pytest.mark.parametrize("tiles", [TOGETHER, BY_ROLE], ids=["together", "roles"])
+def test_interpreted_window_offset_and_soft_cap(capfd, tiles):
     args = half(1, 100, 170, heads=2, kv_heads=1, width=40, value_width=64)
-    check_passes(args, tiles=TOGETHER, q_offset=70, window=50, soft_cap=2.0)
+    check_passes(args, tiles=tiles, q_offset=70, window=50, soft_cap=2.0)
     assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
-def test_interpreted_intervals_continuing_and_adding(capfd):
+@pytest.mark.parametrize("tiles", [APART, BY_ROLE], ids=["apart", "roles"])
+def test_interpreted_intervals_continuing_and_adding(capfd, tiles):
     args = half(1, 130, 190, heads=2)
     lo, hi = random_intervals((1, 2, 130), 190)
-    check_passes(args, lo, hi, tiles=APART, blocks=True, causal=False)
+    check_passes(args, lo, hi, tiles=tiles, blocks=True, causal=False)
     assert "RACE" not in capfd.readouterr().out
 
 

@@ -1,21 +1,17 @@
-"""The backward pass on Hopper: dk and dv (and dq by reduction) over key tiles, or dq over rows.
+"""The backward pass on Hopper over key tiles: dk and dv, and dq by reduction.
 
-`backward_keys`, a block owns `64 n` keys of one key/value head:
+A block owns `64 n` keys of one key/value head:
     grid        (head groups, key tiles, heads of a group), heavy key tiles first
     SMEM        k, v: 64 keys per warpgroup; q, do, lse, delta: rings of query tiles;
                 ds of all the block's keys, twice; dq: the part of each warpgroup
     registers   per compute warpgroup: dk [64, D] and dv [64, E] float32, p^T and ds^T [64, q]
-With dq, the warpgroups show each other their ds; in the next step each multiplies `dq = ds k` for
-its part of the rows or columns and TMA adds it to float32 dq in GMEM, in no certain order.
 
-`backward_rows`, a block owns `64 n` query rows and computes their dq alone, in a fixed order:
-    grid        (head groups, query tiles, heads of a group), heavy query tiles first
-    SMEM        q, do: 64 rows per warpgroup; k, v: rings of key tiles
-    registers   per compute warpgroup: dq [64, D] float32, p and ds [64, kv]
+With dq, the warpgroups show each other their ds; in the next step each multiplies `dq = ds k` for
+its part of the rows or columns and TMA adds it to float32 dq in GMEM, in no certain order. Where
+dk and dv do not fit the registers together, each may have a launch of its own.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,27 +23,23 @@ from pallas_kernels._pallas import pl, plgpu
 from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
+    PER_COLUMN,
     ROWS,
     SWIZZLED,
-    WGMMA,
+    SWIZZLED_FLOAT32,
     Visible,
     accumulate,
     accumulators,
     awaited,
     capped,
-    column_tile_bounds,
     exponent_scale,
     per_column,
-    per_row,
-    row_tile_bounds,
     seen,
     smem,
-    tile_bounds,
+    walk_rows,
+    write_gradient,
 )
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
-
-PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
-SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def backward_keys(
@@ -101,25 +93,7 @@ def backward_keys(
         tile = lax.axis_index("tile")
         warpgroup = lax.axis_index("warpgroup")
 
-        def walk(visit: Callable, state):
-            """The number of steps, and state = visit(masked, query head, n, query tile, state)."""
-
-            def head(member, carry):
-                n, state = carry
-                h = kv_head * spec.group + member
-                start, full_start, full_stop, stop = tile_bounds(
-                    ranges, b, h, tile, lambda: column_tile_bounds(spec, tiles, tile)
-                )
-                for first, last, masked in (
-                    (start, full_start, True),
-                    (full_start, full_stop, False),
-                    (full_stop, stop, True),
-                ):
-                    step = functools.partial(visit, masked, h, n - start)
-                    state = lax.fori_loop(first, last, step, state)
-                return n + stop - start, state
-
-            return lax.fori_loop(0, spec.group, head, (jnp.int32(0), state))
+        walk = functools.partial(walk_rows, spec, tiles, ranges, b, kv_head, tile)
 
         @pl.when(warpgroup == warpgroups)
         def _load():
@@ -266,9 +240,7 @@ def backward_keys(
             at = b, pl.ds(first_key, ROWS), kv_head
             for name, gmem, value in zip(want, out_gmem, found, strict=True):
                 value = value * spec.scale if name == "dk" else value
-                if name in sums_gmem:
-                    value += plgpu.load(sums_gmem[name].at[*at], layout=WGMMA, optimized=False)
-                gmem.at[*at][...] = value.astype(gmem.dtype)
+                write_gradient(gmem.at[*at], value, sums_gmem, name, at)
             plgpu.wait_smem_to_gmem(0)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
@@ -315,148 +287,5 @@ def backward_keys(
         thread_name="warpgroup",
         # Nothing that a thread stores to SMEM is read back by it, other than in the interpreter.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=interpret,
-    )(*arrays)
-
-
-def backward_rows(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
-    visible: Visible | None,
-    do: Float[Array, "B T H E"],
-    lse: Float[Array, "B H T"],
-    delta: Float[Array, "B H T"],
-    dq_sum: Float[Array, "B T H D"] | None,
-    *,
-    spec: Spec,
-    tiles: KernelTiles,
-    interpret: Any = None,
-) -> Float[Array, "B T H D"]:
-    """dq, added to the float32 dq_sum if there is one; lse as for `backward_keys`."""
-    batch, length, heads, width = q.shape
-    value_width = v.shape[-1]
-    warpgroups, stages, v_stages = tiles.q // ROWS, tiles.stages, tiles.early_stages
-    group = tiles.head_group(spec)
-    shape = (ROWS, tiles.kv)
-    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, delta, dq_sum))
-
-    def kernel(*refs):
-        q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, sum_gmem = (
-            jax.tree.unflatten(structure, refs[: len(arrays)])
-        )
-        dq_gmem, own_smem, rings, full, empty, spare = refs[len(arrays) :]
-        q_smem, do_smem = own_smem
-        k_smem, v_smem = rings
-        q_full, k_full, v_full = full
-        k_empty, v_empty = empty
-        index = lax.axis_index("group") * group + lax.axis_index("head")
-        b, h = lax.div(index, heads), lax.rem(index, heads)
-        tile = length // tiles.q - 1 - lax.axis_index("tile")
-        warpgroup = lax.axis_index("warpgroup")
-        start, full_start, full_stop, stop = tile_bounds(
-            ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
-        )
-
-        @pl.when(warpgroup == warpgroups)
-        def _load():
-            plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            for w in range(warpgroups):
-                at = b, pl.ds(tile * tiles.q + w * ROWS, ROWS), h
-                plgpu.copy_gmem_to_smem(q_gmem.at[*at], q_smem.at[w], q_full.at[w])
-                plgpu.copy_gmem_to_smem(do_gmem.at[*at], do_smem.at[w], q_full.at[w])
-
-            def load(i, _):
-                n, at = i - start, (b, pl.ds(i * tiles.kv, tiles.kv), lax.div(h, spec.group))
-                for gmem, ring, ready, free, depth in (
-                    (k_gmem, k_smem, k_full, k_empty, stages),
-                    (v_gmem, v_smem, v_full, v_empty, v_stages),
-                ):
-                    slot = lax.rem(n, depth)
-                    pl.when(n >= depth)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-                    plgpu.copy_gmem_to_smem(gmem.at[*at], ring.at[slot], ready.at[slot])
-
-            lax.fori_loop(start, stop, load, None)
-            awaited(k_empty, stop - start, stages)
-            awaited(v_empty, stop - start, v_stages)
-
-        @pl.when(warpgroup < warpgroups)
-        def _compute():
-            plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
-            first_row = tile * tiles.q + warpgroup * ROWS
-            rows = pl.ds(first_row, ROWS)
-            ds_spare, dq_spare = (None if x is None else x.at[warpgroup] for x in spare)
-            base, delta = (
-                plgpu.load(x.at[b, h, rows], layout=PER_ROW, optimized=False)
-                for x in (lse_gmem, delta_gmem)
-            )
-
-            def step(dq_acc, masked, i, _):
-                slot, v_slot = lax.rem(i - start, stages), lax.rem(i - start, v_stages)
-                # Always `warpgroup`, but the compiler must not know: it would keep every
-                # descriptor of q and do in registers over the loop, and spill dq.
-                own = warpgroup + lax.div(i, 1 << 30)
-
-                def multiply(s_acc, dp_acc):
-                    plgpu.barrier_wait(k_full.at[slot])
-                    k_tile = k_smem.at[slot].transpose((1, 0))
-                    plgpu.wgmma(s_acc, q_smem.at[own], k_tile)
-                    plgpu.barrier_wait(v_full.at[v_slot])
-                    v_tile = v_smem.at[v_slot].transpose((1, 0))
-                    plgpu.wgmma(dp_acc, do_smem.at[own], v_tile)
-                    t = capped(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), spec)
-                    p = jnp.exp2(t * exponent_scale(spec) - per_row(base, shape))
-                    if masked:
-                        mask = seen(spec, ranges, b, h, shape, 0, first_row, i * tiles.kv)
-                        p = jnp.where(mask, p, 0.0)
-                    dp = dp_acc[...]
-                    plgpu.barrier_arrive(v_empty.at[v_slot])
-                    ds = p * (dp - per_row(delta, shape))
-                    return (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
-
-                ds = pl.run_scoped(multiply, *[plgpu.ACC(shape, jnp.float32)] * 2)
-                accumulate(dq_acc, ds, k_smem.at[slot], ds_spare)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(k_empty.at[slot])
-
-            def compute(dq_acc):
-                plgpu.barrier_wait(q_full.at[warpgroup])
-                for first, last, masked in (
-                    (start, full_start, True),
-                    (full_start, full_stop, False),
-                    (full_stop, stop, True),
-                ):
-                    lax.fori_loop(first, last, functools.partial(step, dq_acc, masked), None)
-                return dq_acc[...]
-
-            dq = accumulators(compute, [(ROWS, width)], [dq_spare]) * spec.scale
-            if dq_sum is not None:
-                dq += plgpu.load(sum_gmem.at[b, rows, h], layout=WGMMA, optimized=False)
-            dq_gmem.at[b, rows, h][...] = dq.astype(dq_gmem.dtype)
-
-    operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(q.shape, spec.out_dtype if dq_sum is None else jnp.float32),
-        scratch_types=(
-            (operand(warpgroups, ROWS, width), operand(warpgroups, ROWS, value_width)),
-            (operand(stages, tiles.kv, width), operand(v_stages, tiles.kv, value_width)),
-            (
-                plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-                plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=v_stages),
-            ),
-            tuple(
-                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=n) for n in (stages, v_stages)
-            ),
-            (None, None)
-            if interpret is None
-            else (operand(warpgroups, *shape), smem(warpgroups, ROWS, width, dtype=jnp.float32)),
-        ),
-        grid=(batch * heads // group, length // tiles.q, group),
-        grid_names=("group", "tile", "head"),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(*arrays)

@@ -1,0 +1,135 @@
+"""`longctx tune-device`: the best tiles get into the table, and the kernels read them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longctx.cli import main
+from longctx.provenance import read_rows
+from longctx.tune_device import (
+    TuneOptions,
+    Tuner,
+    backward_tiles,
+    flash_call,
+    forward_tiles,
+    lightning_call,
+    row_tiles,
+    state_call,
+)
+from pallas_kernels import _tuned
+from pallas_kernels.flash_attention import tiles as flash
+from pallas_kernels.flash_attention.api import make_spec
+from pallas_kernels.lightning_attention import tiles as lightning
+from tests.topologies import gpu_mesh
+
+KIND = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def options(tmp_path):
+    return TuneOptions(tmp_path / "tiles.json", tmp_path / "rows.jsonl", 1, 64, 1, (64, 256))
+
+
+def on(platform, kind):
+    device = AbstractDevice(device_kind=kind, platform=platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def measured(times):
+    """A stopwatch for calls in a fixed order; an exception in `times` is raised."""
+    left = iter(times)
+
+    def measure(call, arrays):
+        found = next(left)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return measure
+
+
+def test_the_fastest_that_runs_is_chosen(options):
+    tuner = Tuner(options, measured([5.0, RuntimeError("too much shared memory"), 3.0, 4.0]))
+    assert (
+        tuner.best("x", "y", [(lightning.XlaTiles(n), None) for n in (1, 2, 3, 4)], []).chunk == 3
+    )
+    rows = read_rows(options.out)
+    assert [row.get("ms") for row in rows] == [5.0, None, 3.0, 4.0]
+    assert "shared memory" in rows[1]["refused"] and "jax" in rows[0]["versions"]
+
+
+def test_gpu_tables_are_read_back(options, monkeypatch):
+    # Every later candidate is faster than those before it.
+    tuner = Tuner(options, measured(1.0 / n for n in range(1, 100)))
+    found = {f"gpu {w}": dataclasses.asdict(tuner.flash_gpu(w)) for w in (64, 256)}
+    ticks = measured([0.5, 0.6, 1.0, 1.5, 0.4, 0.7, 2.0])
+    prices = Tuner(options, ticks).lightning_prices(132)
+    tables = {"flash_attention": found, "lightning_attention": {"gpu": dataclasses.asdict(prices)}}
+    _tuned.write_tuned(options.table, "another", {})
+    _tuned.write_tuned(options.table, KIND, tables)
+    monkeypatch.setattr(_tuned, "PATH", options.table)
+    with on("gpu", KIND):
+        assert flash.gpu_tiles(64).forward == forward_tiles(64)[-1]["forward"]
+        assert flash.gpu_tiles(256).rows == row_tiles(256)[-1]["rows"]
+        assert flash.gpu_tiles(128) == flash.GPU_TILES[128]
+        tuned = lightning.gpu_tiles(16, 512, [2], 2)
+    with on("gpu", "another"):
+        assert flash.gpu_tiles(64) == flash.GPU_TILES[64]
+        default = lightning.gpu_tiles(16, 512, [2], 2)
+    assert prices.two_workers == pytest.approx((1e3 / 512, 1.5e3 / 512))
+    assert prices.segment > 0 and tuned != default
+
+
+def test_tpu_tables_are_read_back(options, monkeypatch):
+    options = dataclasses.replace(options, widths=(128,))
+    tables = Tuner(options, measured(1.0 / n for n in range(1, 100))).tpu()
+    _tuned.write_tuned(options.table, "TPU v6 lite", tables)
+    monkeypatch.setattr(_tuned, "PATH", options.table)
+    q = jax.ShapeDtypeStruct((1, 8192, 1, 128), jnp.bfloat16)
+    with on("tpu", "TPU v6 lite"):
+        assert flash.tpu_tiles(make_spec(q, q, q, None)) == flash.TpuTiles(2048, 2048, 512)
+        assert lightning.tpu_tiles(128, jnp.bfloat16) == lightning.TpuTiles(256, 2048)
+
+
+def test_there_is_nothing_to_tune_on_a_cpu(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune-device"])
+    assert "only GPUs and TPUs have tiles to tune, not cpu" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_candidates_compile_for_h100(width):
+    """All but the largest, which may need more registers or shared memory than there are."""
+    x = jax.ShapeDtypeStruct(
+        (1, 1024, 2, width), jnp.bfloat16, sharding=NamedSharding(gpu_mesh({"x": 1}), P())
+    )
+    default, refused, tried = flash.GPU_TILES[width], [], 0
+    for part, candidates in (
+        ("forward", forward_tiles(width)),
+        ("gradients", backward_tiles(width)),
+        ("deterministic", row_tiles(width)),
+    ):
+        for fields in candidates:
+            try:
+                tiles = dataclasses.replace(default, **fields)
+            except ValueError:
+                continue
+            tried += 1
+            try:
+                flash_call("gpu", tiles, part).lower(x, x, x, x).compile()
+            except (RuntimeError, ValueError) as refusal:
+                refused.append((fields, str(refusal)[:200]))
+    assert tried >= 10 and len(refused) <= tried // 4, refused
+
+
+def test_lightning_candidates_lower():
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+    tiles = lightning.GpuTiles(1, 2, 2)
+    for call in (lightning_call("gpu", tiles, "forward"), state_call(tiles)):
+        lowered = call.trace(x, x, x, x).lower(lowering_platforms=("cuda",))
+        assert "mosaic_gpu" in lowered.as_text()
