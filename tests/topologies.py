@@ -23,7 +23,7 @@ TPUS = {
 }
 
 
-def tpu_mesh(generation: str, shape: dict[str, int]) -> Mesh:
+def tpu_mesh(generation: str, shape: dict[str, int], axis_type: AxisType = AxisType.Auto) -> Mesh:
     """A mesh of the first devices of a TPU slice, for `jit(...).lower(...).compile()`."""
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
     os.environ.update(  # keeps libtpu from looking for a TPU, and from locking out other tests
@@ -36,12 +36,12 @@ def tpu_mesh(generation: str, shape: dict[str, int]) -> Mesh:
     topology = topologies.get_topology_desc(platform="tpu", **TPUS[generation])
     size = int(np.prod(list(shape.values())))
     devices = np.array(topology.devices[:size]).reshape(*shape.values())
-    return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(devices, tuple(shape), axis_types=(axis_type,) * len(shape))
 
 
-def gpu_mesh(shape: dict[str, int]) -> Mesh:
+def gpu_mesh(shape: dict[str, int], axis_type: AxisType = AxisType.Auto) -> Mesh:
     """A mesh of H100s, for `jit(...).lower(...).compile()`."""
     if missing := gpu_compiler_missing():
         pytest.skip(f"cannot compile for GPUs: {missing}")
     devices = np.array(h100s(math.prod(shape.values()))).reshape(*shape.values())
-    return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    return Mesh(devices, tuple(shape), axis_types=(axis_type,) * len(shape))

@@ -142,11 +142,10 @@ def backward_rows(
 
             def compute(dq_acc):
                 plgpu.barrier_wait(q_full.at[warpgroup])
-                for first, last, masked in (
-                    (start, full_start, True),
-                    (full_start, full_stop, False),
-                    (full_stop, stop, True),
-                ):
+                loops = [(full_start, full_stop, False), (full_stop, stop, True)]
+                if visible is not None or spec.window is not None:
+                    loops.insert(0, (start, full_start, True))
+                for first, last, masked in loops:
                     lax.fori_loop(first, last, functools.partial(step, dq_acc, masked), None)
                 return dq_acc[...]
 

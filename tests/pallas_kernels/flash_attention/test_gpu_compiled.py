@@ -1,0 +1,88 @@
+"""The Hopper kernels compiled ahead of time: registers, memory, and what crosses devices."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention.tiles import GPU_TILES, KernelTiles
+from tests.ptxas import ptxas as ptxas
+from tests.topologies import gpu_mesh
+
+ROWS, NUMBERS = P("data", None, "tensor"), P("data", "tensor")
+BY_ROLE = dataclasses.replace(GPU_TILES[256], keys=KernelTiles(q=64, kv=64), passes="roles")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Sizes of the call of one device of four, and what is static about it."""
+
+    width: int = 128
+    length: int = 1000
+    dtype: Any = jnp.bfloat16
+    packed: bool = False
+    axis_type: AxisType = AxisType.Auto
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def compile(self):
+        """Value, lse and every gradient; batch over two devices, heads over two."""
+        mesh = gpu_mesh({"data": 2, "tensor": 2}, self.axis_type)
+
+        def gradients(q, k, v, lo, do, dlse):
+            run = functools.partial(flash_attention, lo=lo, return_lse=True, **dict(self.options))
+            out, pullback = jax.vjp(run, q, k, v)
+            return out, pullback((do, dlse))
+
+        def of(spec, *sizes, dtype=self.dtype):
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
+
+        q, k = (of(ROWS, 2, self.length, heads, self.width) for heads in (4, 2))
+        lo = of(P("data"), 2, self.length, dtype=jnp.int32) if self.packed else None
+        dlse = of(NUMBERS, 2, 4, self.length, dtype=jnp.float32)
+        in_specs = (ROWS, ROWS, ROWS, P("data"), ROWS, NUMBERS)
+        out_specs = ((ROWS, NUMBERS), (ROWS,) * 3)
+        # A user's shard_map, which checks over which axes everything varies.
+        run = jax.shard_map(gradients, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+        return jax.jit(run).lower(q, k, k, lo, q, dlse).compile()
+
+
+CASES = {  # with the bytes that a thread of the worst kernel may spill
+    "width 128, a million tokens": (Call(length=2**20), 300),
+    "width 64, packed": (Call(64, packed=True, axis_type=AxisType.Explicit), 300),
+    "width 96, float16": (Call(96, dtype=jnp.float16), 300),
+    "width 128, packed, deterministic, Explicit": (
+        Call(packed=True, axis_type=AxisType.Explicit, options=(("deterministic", True),)),
+        300,
+    ),
+    "width 128, a million tokens, packed": (Call(length=2**20, packed=True), 300),
+    "width 192, window, soft cap": (Call(192, options=(("window", 300), ("soft_cap", 9.0))), 700),
+    "width 256, float16": (Call(256, dtype=jnp.float16), 700),
+    "width 256, packed": (Call(256, packed=True), 700),
+    "width 256, by role, packed": (
+        Call(256, packed=True, options=(("backend", "gpu"), ("tiles", BY_ROLE))),
+        400,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if i == 0 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(CASES)]
+)
+def test_compiles_for_h100(name, ptxas):
+    """Too much shared memory is an error; little is spilled; nothing is gathered or quadratic."""
+    call, most_spilled = CASES[name]
+    compiled = call.compile()
+    text = compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') >= 2
+    for kind in ("all-gather", "all-to-all", "all-reduce", "collective-permute", "while("):
+        assert kind not in text, kind
+    assert max(ptxas.spilled()) <= most_spilled, ptxas.spilled()
+    # Of one device: float32 dq, and what pads q, k, v, o, do and their gradients.
+    padded = 2 * call.length * (64 * -(-call.width // 64)) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * padded
