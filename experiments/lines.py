@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from experiments.bench._claims import Claim
 from longctx.reproduce.ablation import compare
 
 # Operators whose times stand in the README too.
@@ -56,7 +57,7 @@ def lightning(rows: Sequence[Row]) -> Iterator[Line]:
 
 def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
     """Time per token at fixed batch and heads, as the length grows."""
-    first, *later = [r for r in rows if r["group"] == "lengths"]
+    first, *later = [r for r in rows if r["group"] == "lengths" and "both_ms" in r]
     for r in later:
         for key, name in (("forward", "forward"), ("both", "forward + backward")):
             theirs, ours = (x[f"{key}_ns_per_token"] for x in (first, r))
@@ -86,6 +87,18 @@ def flash(rows: Sequence[Row]) -> Iterator[Line]:
         for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
             headline = ours["group"] == "dense" and key == "both_ms"
             yield _ms(f"{name}, {where}", rival, ours, key, "cuDNN", headline)
+
+
+def judged(reader: Reader, claims: Callable[[Sequence[Row]], Iterator[Claim]]) -> Reader:
+    """What `reader` reads, and those claims of the benchmark that were measured."""
+
+    def lines(rows: Sequence[Row]) -> Iterator[Line]:
+        yield from reader(rows)
+        for claim in claims(rows):
+            if claim.ratio is not None:
+                yield Line(claim.what, claim.rule, "", f"{claim.ratio:.3g}, {claim.verdict}")
+
+    return lines
 
 
 def by_operator(rival: str, *names: str) -> Reader:

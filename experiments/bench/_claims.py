@@ -12,6 +12,12 @@ class Claim(NamedTuple):
     bound: float
     at_least: bool = False
 
+    @property
+    def rule(self) -> str:
+        """The bound in words."""
+        return f"at {'least' if self.at_least else 'most'} {self.bound:.4g}"
+
+    @property
     def verdict(self) -> str:
         """`met`, `MISSED` or `not measured`."""
         if self.ratio is None:
@@ -30,8 +36,5 @@ def claims_table(claims: Iterable[Claim]) -> str:
     lines = ["| must show | measured | bound | |", "|---|---|---|---|"]
     for claim in claims:
         measured = "" if claim.ratio is None else f"{claim.ratio:.4g}"
-        sign = ">=" if claim.at_least else "<="
-        lines.append(
-            f"| {claim.what} | {measured} | {sign} {claim.bound:.3g} | {claim.verdict()} |"
-        )
+        lines.append(f"| {claim.what} | {measured} | {claim.rule} | {claim.verdict} |")
     return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""The lightning benchmark's rows as a table, a plot, and a judgement."""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.bench._claims import Claim, over
+
+type Row = dict[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, with each time over that of fla's chunk_simple_gla."""
+    lines = [
+        "| group | B x T, H | implementation | forward ms (of floor) | fwd+bwd ms "
+        "| both over fla's | worst error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rival = {
+        (row["group"], row["batch"], row["length"]): row
+        for row in rows
+        if row["implementation"] == "fla chunk_simple_gla" and "forward_ms" in row
+    }
+    for row in rows:
+        where = f"{row['group']} | {row['batch']} x {row['length']}, {row['heads']}"
+        if "absent" in row:
+            lines.append(f"| {where} | {row['implementation']} | absent: {row['absent']} | | | |")
+            continue
+        fla = rival.get((row["group"], row["batch"], row["length"]))
+        ratio = fla and " / ".join(f"{row[n] / fla[n]:.2f}" for n in ("forward_ms", "both_ms"))
+        worst = max(row["errors"].values()) if "errors" in row else None
+        lines.append(
+            f"| {where} | {row['implementation']} "
+            f"| {row['forward_ms']:.3f} ({row['forward_of_floor']:.0%}) | {row['both_ms']:.3f} "
+            f"| {ratio or ''} | {'' if worst is None else f'{worst:.1e}'} |"
+        )
+    return "\n".join(lines)
+
+
+def claims(rows: Sequence[Row]) -> Iterator[Claim]:
+    """What the kernels must show on an H100."""
+    found = {
+        (r["batch"], r["length"], r["heads"], r["decays"], r["implementation"]): r
+        for r in rows
+        if "both_ms" in r
+    }
+
+    def value(key: str, batch: int, length: int, name: str = "ours") -> Any:
+        return found.get((batch, length, 16, True, name), {}).get(key)
+
+    rival = "fla chunk_simple_gla"
+    for shape, bound in (
+        ((16, 2048), 0.45),
+        ((4, 8192), 0.5),
+        ((1, 32768), 0.35),
+        ((1, 131072), 0.35),
+    ):
+        where = f"{shape[0]} x {shape[1]}"
+        for key, most in (("forward_ms", bound), ("both_ms", 0.42)):
+            ratio = over(value(key, *shape), value(key, *shape, rival))
+            yield Claim(f"{key.removesuffix('_ms')} over fla's, {where}", ratio, most)
+        ours, theirs = value("errors", *shape), value("errors", *shape, rival)
+        worst = ours and max(ours.values())
+        yield Claim(f"worst relative error, {where}", worst, 5e-3)
+        worst = ours and theirs and max(ours[n] / theirs[n] for n in theirs)
+        yield Claim(f"worst error over fla's, {where}", worst, 1.001)
+    share = value("forward_of_floor", 16, 2048)
+    yield Claim("forward, share of the byte floor on a full chip", share, 0.85, at_least=True)
+    for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
+        ratio = over(value(key, 1, 32768), value(key, 16, 2048))
+        yield Claim(f"{name}, 16 heads in all over a full chip, 32768 tokens", ratio, 1.5)
+    for group in ("lengths", "full"):
+        for key in ("forward_ns_per_token", "both_ns_per_token"):
+            per_token = [r[key] for r in rows if r["group"] == group and key in r]
+            spread = max(per_token) / min(per_token) if len(per_token) > 1 else None
+            yield Claim(f"{group}: largest over smallest {key}", spread, 1.05)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Time per token against length, from the groups `lengths` and `full`."""
+    rows = [r for r in rows if r["group"] in ("lengths", "full") and "both_ms" in r]
+    if not rows:
+        return
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    for batch in sorted({row["batch"] for row in rows}):
+        for name, label in (("forward", "forward"), ("both", "forward + backward")):
+            points = [(r["length"], r[f"{name}_ns_per_token"]) for r in rows if r["batch"] == batch]
+            many = f", {batch} rows" if batch > 1 else ""
+            axes.plot(*np.transpose(points), marker="o", label=label + many)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("length, tokens")
+    axes.set_ylabel("ns per token")
+    first = rows[0]
+    axes.set_title(f"{first['heads']} heads of {first['width']}, {first['dtype']}")
+    axes.legend()
+    figure.savefig(path.with_suffix(".png"), dpi=150)
