@@ -133,6 +133,7 @@ def ring(rows: Sequence[Row]) -> Iterator[Line]:
 
 def training_speed(rows: Sequence[Row]) -> Iterator[Line]:
     """Tokens per second of whole training steps: flat in the length, and beside others'."""
+    rows = [r for r in rows if "failed" not in r]
     speed = {(r["model"], r["length"]): r["tokens_per_second"] for r in rows}
     first, *_ = lengths = sorted({r["length"] for r in rows})
     paper = {r["length"]: r["paper"] for r in rows if r["model"] == "TNL"}

@@ -71,21 +71,30 @@ class TrainingSpeed:
     def table(self, rows: Sequence[Row]) -> str:
         """A row per length, a column per model."""
         cells = {(r["model"], r["length"]): r for r in rows}
+        tnl = [r["tokens_per_second"] for r in rows if r["model"] == "TNL" and "failed" not in r]
         size = f"{rows[0]['parameters'] / 1e6:.0f}M parameters"
         lines = [
             f"# Training speed on {rows[0]['device']}, {size}",
             "",
             "Tokens per second of whole training steps; the paper's on one of two A100.",
+            f"TNL: {min(tnl) / max(tnl):.3f} of its fastest length at its slowest (claim: 0.95)."
+            if tnl
+            else "TNL ran at no length.",
             "",
             "| length | TNL | MFU | Transformer | MFU | ratio | paper: TNL | Transformer |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for length in sorted({r["length"] for r in rows}):
             ours = [cells[name, length] for name in PAPER_SPEED]
-            speeds = [r["tokens_per_second"] for r in ours]
-            shown = [f"{s:,.0f} | {_percent(r['mfu'])}" for s, r in zip(speeds, ours, strict=True)]
+            shown = [
+                "failed | "
+                if "failed" in r
+                else f"{r['tokens_per_second']:,.0f} | {_percent(r['mfu'])}"
+                for r in ours
+            ]
             paper = [str(PAPER_SPEED[name].get(length, "")) for name in PAPER_SPEED]
-            ratio = f"{speeds[0] / speeds[1]:.2f}"
+            speeds = [r["tokens_per_second"] for r in ours if "failed" not in r]
+            ratio = f"{speeds[0] / speeds[1]:.2f}" if len(speeds) == 2 else ""
             lines.append(f"| {length} | {' | '.join([*shown, ratio, *paper])} |")
         return "\n".join(lines) + "\n"
 
@@ -96,7 +105,8 @@ class TrainingSpeed:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(xlabel="sequence length", ylabel="tokens per second")
         for name, paper in PAPER_SPEED.items():
-            ours = [(r["length"], r["tokens_per_second"]) for r in rows if r["model"] == name]
+            mine = [r for r in rows if r["model"] == name and "failed" not in r]
+            ours = [(r["length"], r["tokens_per_second"]) for r in mine]
             line = axes.plot(*zip(*ours, strict=True), "o-", label=f"{name}, {rows[0]['device']}")
             colour = line[0].get_color()
             axes.plot(list(paper), list(paper.values()), ":", color=colour, label=f"{name}, paper")
@@ -125,32 +135,32 @@ def time_steps(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh)
         steps = list(pool.map(compiled, configs, batches))
     state = create_state(configs[0], mesh)
     parameters = count_parameters(configs[0].model)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for config, step, batch in zip(configs, steps, batches, strict=True):
-        seconds = []
-        for _ in range(1 + STEPS):
-            began = time.perf_counter()
-            state, metrics = step(state, batch)
-            jax.block_until_ready((state, metrics))
-            seconds.append(time.perf_counter() - began)
-        warm = statistics.median(seconds[1:])
         length, tokens = config.data.sequence_length, config.tokens_per_step
+        row = {"model": name, "parameters": parameters, "length": length, "tokens": tokens}
+        rows.append(row | {"paper": PAPER_SPEED[name].get(length)})
+        seconds = []
+        try:
+            for _ in range(1 + STEPS):
+                began = time.perf_counter()
+                state, metrics = step(state, batch)
+                jax.block_until_ready((state, metrics))
+                seconds.append(time.perf_counter() - began)
+        except jax.errors.JaxRuntimeError as failure:  # out of memory: keep what was measured
+            rows[-1]["failed"] = str(failure)[:200]
+            state = create_state(configs[0], mesh)
+            continue
+        warm = statistics.median(seconds[1:])
         peak = device_peak(jax.devices()[0])
         flops = step_flops(config.model, length, tokens)
         memory = step.memory_analysis()
-        rows.append(
-            {
-                "model": name,
-                "parameters": parameters,
-                "length": length,
-                "tokens": tokens,
-                "seconds": warm,
-                "tokens_per_second": tokens / warm,
-                "mfu": flops / warm / peak if peak else None,
-                "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-                "paper": PAPER_SPEED[name].get(length),
-            }
-        )
+        rows[-1] |= {
+            "seconds": warm,
+            "tokens_per_second": tokens / warm,
+            "mfu": flops / warm / peak if peak else None,
+            "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        }
     return rows
 
 

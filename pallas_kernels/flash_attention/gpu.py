@@ -1,9 +1,9 @@
 """Flash attention on Hopper GPUs (sm_90a) by Mosaic GPU: padding, bounds and the choice of kernels.
 
 The kernels are in `gpu_forward.py` and `gpu_backward_*.py`. They read and write `[B, T, H, D]`
-where it lies; only lengths that are no whole tiles and head widths that are not 64, 128 or 256 are
-padded here. One backward kernel computes dk, dv and, by reductions in float32, dq; where the
-result must be deterministic or a head is wider than 128, dq has a kernel of its own.
+where it lies; head widths that are not 64, 128 or 256 and, in the backward, lengths that are no
+whole tiles are padded here. One backward kernel computes dk, dv and, by reductions in float32,
+dq; where the result must be deterministic or a head is wider than 128, dq has one of its own.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention.gpu_backward_keys import backward_keys
 from pallas_kernels.flash_attention.gpu_backward_roles import backward_keys_by_role
 from pallas_kernels.flash_attention.gpu_backward_rows import backward_rows
-from pallas_kernels.flash_attention.gpu_common import LOG2E, Visible
+from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
 from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
@@ -61,7 +61,10 @@ def fwd(
         o, lse = carry
         carry = _pad(o, tile.q), _pad(lse, tile.q, axis=2, value=-jnp.inf)
     wide = _table_width(spec)
-    q, k, v = _pad(q, tile.q, wide), _pad(k, tile.kv, wide), _pad(v, tile.kv)
+    # What TMA alone reads and writes needs no whole tiles.
+    plain = carry is not None or spec.out_dtype != q.dtype or _padded_width(v.shape[3]) != wide
+    rows, keys = tile.q if plain else _box(q, ROWS), _box(k, tile.kv)
+    q, k, v = _pad(q, rows, wide), _pad(k, keys, wide), _pad(v, keys)
     o, lse = forward(q, k, v, visible, carry, spec=spec, tiles=tile, interpret=interpret)
     o, lse = o[:, : spec.q_length, :, : spec.value_width], lse[..., : spec.q_length]
     return unify_varying((o, lse), axes)
@@ -158,6 +161,11 @@ def _pad(x: Array, size: int, width: int | None = None, *, axis: int = 1, value:
     return (
         x if not any(after for _, after in padding) else jnp.pad(x, padding, constant_values=value)
     )
+
+
+def _box(x: Array, size: int) -> int:
+    """To what length TMA needs `x` padded to read it `size` rows at a time."""
+    return max(size, x.shape[1] + -x.shape[1] % 8)
 
 
 def _visible(spec: Spec, lo, hi, tile: KernelTiles, bounds_of) -> Visible | None:

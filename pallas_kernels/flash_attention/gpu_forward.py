@@ -2,7 +2,8 @@
 
     grid        (head groups, query tiles, heads of a group): the keys and values of the heads
                 that run side by side stay in L2; heavy query tiles first
-    GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie
+    GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
+                which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA
     registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
 
@@ -55,8 +56,13 @@ def forward(
     tiles: KernelTiles,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
-    """o and lse; T and S are whole tiles, D and E multiples of 64 (spec has the true lengths)."""
+    """o `[B, T, H, E]` and lse `[B, H, whole tiles]`; spec has the true lengths.
+
+    D and E are multiples of 64, S one of 8 that holds a tile. T is whole tiles where there is a
+    carry, or o has another dtype or width than q; else a multiple of 8 that holds 64 rows.
+    """
     batch, length, heads, key_width = q.shape
+    count = pl.cdiv(length, tiles.q)
     width = v.shape[-1]
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
@@ -72,13 +78,13 @@ def forward(
         k_empty, v_empty, turn = empty
         index = lax.axis_index("group") * group + lax.axis_index("head")
         b, h = lax.div(index, heads), lax.rem(index, heads)
-        tile = length // tiles.q - 1 - lax.axis_index("tile")
+        tile = count - 1 - lax.axis_index("tile")
         warpgroup = lax.axis_index("warpgroup")
         start, full_start, full_stop, stop = tile_bounds(
             ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
         )
         # A tile without keys runs one step that is masked whole, and so writes its zeros.
-        start = jnp.minimum(start, k_gmem.shape[1] // tiles.kv - 1)
+        start = jnp.minimum(start, pl.cdiv(k_gmem.shape[1], tiles.kv) - 1)
         stop = jnp.maximum(stop, start + 1)
         steps = stop - start
 
@@ -210,7 +216,7 @@ def forward(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, width), spec.out_dtype),
-            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, count * tiles.q), jnp.float32),
         ),
         scratch_types=(
             (
@@ -231,7 +237,7 @@ def forward(
                 smem(warpgroups, ROWS, width, dtype=jnp.float32),
             ),
         ),
-        grid=(batch * heads // group, length // tiles.q, group),
+        grid=(batch * heads // group, count, group),
         grid_names=("group", "tile", "head"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.transnormer import training_speed
 from longctx.models import count_parameters
 from longctx.reproduce import Ablation, load
 from longctx.reproduce.ablation import compare
@@ -89,3 +90,21 @@ def test_bad_input(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="must define EXPERIMENT"):
         load(tmp_path / "empty.py")
+
+
+def test_training_speed_keeps_what_was_measured_when_a_length_fails(tmp_path):
+    base = {"parameters": 1e6, "tokens": 4096, "device": "a chip", "paper": None}
+    measured = {"tokens_per_second": 100.0, "mfu": 0.25}
+    rows = [
+        {"model": model, "length": length, **base, **measured}
+        for model in ("TNL", "Transformer")
+        for length in (1024, 4096)
+    ]
+    rows[1]["tokens_per_second"] = 98.0
+    del rows[3]["tokens_per_second"], rows[3]["mfu"]
+    rows[3]["failed"] = "out of memory"
+    table = training_speed.EXPERIMENT.table(rows)
+    assert "TNL: 0.980 of its fastest length" in table
+    assert "| 4096 | 98 | 25% | failed |" in table
+    training_speed.EXPERIMENT.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()

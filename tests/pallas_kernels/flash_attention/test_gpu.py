@@ -92,6 +92,13 @@ def test_interpreted_window_offset_and_soft_cap(capfd, tiles):
 
 
 @pytest.mark.slow
+def test_interpreted_keys_that_nobody_sees(capfd):
+    args = half(1, 60, 200, heads=1, width=64)
+    check_passes(args, tiles=BY_ROLE)
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [APART, BY_ROLE], ids=["apart", "roles"])
 def test_interpreted_intervals_continuing_and_adding(capfd, tiles):
     args = half(1, 130, 190, heads=2)

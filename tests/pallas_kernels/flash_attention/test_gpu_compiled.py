@@ -86,3 +86,13 @@ def test_compiles_for_h100(name, ptxas):
     # Of one device: float32 dq, and what pads q, k, v, o, do and their gradients.
     padded = 2 * call.length * (64 * -(-call.width // 64)) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * padded
+
+
+@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_nothing_is_copied_around_the_forward_kernel(width):
+    """At a length that is no whole number of tiles: TMA itself stops at the last row."""
+    replicated = NamedSharding(gpu_mesh({"x": 1}), P())
+    x = jax.ShapeDtypeStruct((1, 8200, 4, width), jnp.bfloat16, sharding=replicated)
+    compiled = jax.jit(flash_attention).lower(x, x, x).compile()
+    numbers = 8448 * 4 * 4  # lse, with rows to whole tiles
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * numbers
