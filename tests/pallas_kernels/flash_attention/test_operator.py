@@ -125,6 +125,25 @@ def test_float64():
         assert_close(got, want, 1e-14)
 
 
+def test_gradient_of_lse_alone_against_float64():
+    args = inputs(length=33, kv_length=40, heads=2, kv_heads=1)
+    lo, hi = random_intervals((1, 2, 33), 40)
+    dlse = random_like(jnp.zeros((1, 2, 33)), jax.random.key(3))
+
+    def gradients(function, q, k, v, dlse, lo, hi):
+        def lse(q, k):
+            return function(q, k, v, lo, hi, causal=False)[1]
+
+        return jax.vjp(lse, q, k)[1](dlse)
+
+    got = jax.jit(functools.partial(gradients, attend))(*args, dlse, lo, hi)
+    with jax.enable_x64(True):
+        wide = [x.astype(jnp.float64) for x in (*args, dlse)]
+        wide += [x.astype(jnp.int64) for x in (lo, hi)]
+        want = jax.jit(functools.partial(gradients, definition))(*wide)
+    assert_close(got, want, 1e-6)
+
+
 @functools.cache
 def _pullback(function):
     return pullback_of(functools.partial(function, causal=False), (0, 1, 2))
