@@ -50,7 +50,10 @@ def tune_device(arguments: Sequence[str]) -> None:
     if device.platform not in ("gpu", "tpu"):
         raise UserError(f"only GPUs and TPUs have tiles to tune, not {device.device_kind}")
     tuner = Tuner(options, milliseconds)
-    tables = tuner.gpu() if device.platform == "gpu" else tuner.tpu()
+    try:
+        tables = tuner.gpu() if device.platform == "gpu" else tuner.tpu()
+    finally:
+        write_rows(options.out, tuner.rows)
     _tuned.write_tuned(options.table, device.device_kind, tables)
     Console().print(_table(tuner.rows, f"{device.device_kind}: {options.table}"))
 
@@ -131,7 +134,7 @@ class Tuner:
 
     def lightning_prices(self, multiprocessors: int) -> lightning.Prices:
         """The prices of `lightning.gpu_tiles`, measured as they are defined."""
-        chunks, width = 512, 128
+        chunks, width = 4 * self.options.tokens // 64, 128  # long, since heads are few
 
         def microseconds(heads: int, tiles: lightning.GpuTiles, states: bool = False) -> float:
             shape = (1, chunks * 64, heads, width)
@@ -151,7 +154,6 @@ class Tuner:
         free = lightning.Prices(multiprocessors, price(1), price(2), price(2, states=True), 0.0)
         split = lightning.GpuTiles(segments=8, workers=2, stages=2)
         rest = microseconds(16, split) - free.of(split, 16, chunks, [width // 64])
-        write_rows(self.options.out, self.rows)
         return dataclasses.replace(free, segment=max(rest, 0.0) / split.segments)
 
     def draw(self, width: int, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
@@ -177,7 +179,6 @@ class Tuner:
             else:
                 self.note(entry, part, tiles, ms=ms)
                 times.append((ms, tiles))
-        write_rows(self.options.out, self.rows)
         if not times:
             raise UserError(f"no tiles run for {entry} ({part}); see {self.options.out}")
         return min(times, key=lambda pair: pair[0])[1]

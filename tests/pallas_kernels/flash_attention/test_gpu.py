@@ -180,7 +180,7 @@ def test_auto_leaves_other_gpus_to_xla():
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     spec = make_spec(x, x, x, None)
     for kind, able in (("NVIDIA A100-SXM4-80GB", False), ("NVIDIA H200", True)):
-        device = AbstractDevice(device_kind=kind, platform="gpu")
+        device = AbstractDevice(kind, None, "gpu")
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
             reason = gpu.unsupported(spec)
         assert (reason is None) == able, reason
