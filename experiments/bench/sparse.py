@@ -220,7 +220,7 @@ def main() -> None:
         measured = pieces(batch, length) if options.parts else compare(batch, length, options.only)
         for row in measured:
             rows.append(shape | row)
-            numbers = (f"{k} {x:.3f}" if isinstance(x, float) else str(x) for k, x in row.items())
+            numbers = (x if isinstance(x, str) else f"{k} {x:.4g}" for k, x in row.items())
             print(f"{batch} x {length}", *numbers, sep="  ", flush=True)
             write_rows(options.out / f"{name}_{length}{chosen}.jsonl", rows)
 
