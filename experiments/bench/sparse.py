@@ -12,7 +12,7 @@ and v, and the attention between them.
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from experiments.bench._claims import Claim, claims_table
 from experiments.bench._timing import compile_all, time_ms, write_rows
 from longctx.attention import rows as row_moves
 from longctx.attention import sparse
@@ -28,6 +29,11 @@ from pallas_kernels.flash_attention import flash_attention
 
 TOKENS, HEADS, WIDTH, TILE = 32768, 16, 64, 128
 RESULTS = Path(__file__).parent / "results"
+# What is aimed at: times as fast as cuDNN, forward + backward, by operator and length.
+AIMS = {
+    ("hash nb=16", 8192): 2.0, ("hash nb=16", 16384): 3.3, ("hash nb=16", 32768): 5.0,
+    ("drop 0.5", 8192): 2.0, ("drop 0.5", 16384): 2.8, ("drop 0.5", 32768): 3.0,
+}  # fmt: skip
 
 
 class Arm(NamedTuple):
@@ -171,6 +177,16 @@ def compare(batch: int, length: int, only: str) -> Iterator[dict[str, Any]]:
         }
 
 
+def claims(rows: Sequence[dict[str, Any]]) -> Iterator[Claim]:
+    """The aims for the lengths of `rows`, where cuDNN was measured."""
+    cudnn = {r["length"] for r in rows if r["operator"] == "cudnn dense"}
+    speed = {(r["operator"], r["length"]): r["speedup_forward_backward"] for r in rows}
+    for (operator, length), aim in AIMS.items():
+        if length in cudnn:
+            what = f"{operator}, forward + backward, {length} tokens: times as fast as cuDNN"
+            yield Claim(what, speed.get((operator, length)), aim, at_least=True)
+
+
 def pieces(batch: int, length: int, buckets: int = 16) -> Iterator[dict[str, Any]]:
     """One row per piece of a hash-sparse call."""
     q, k, v, do = inputs(batch, length)
@@ -223,6 +239,8 @@ def main() -> None:
             numbers = (x if isinstance(x, str) else f"{k} {x:.4g}" for k, x in row.items())
             print(f"{batch} x {length}", *numbers, sep="  ", flush=True)
             write_rows(options.out / f"{name}_{length}{chosen}.jsonl", rows)
+        if not options.parts:
+            print(claims_table(claims(rows)), flush=True)
 
 
 if __name__ == "__main__":
