@@ -90,7 +90,7 @@ def _check_rows(q: Float[Array, "B T H D"], **rows: Array) -> None:
 def _check_hashes(q: Array, hashes: tuple[Array, ...], num_buckets: int) -> None:
     for x in hashes:
         _check_rows(q, hashes=x)
-        if isinstance(x, jax.core.Tracer) or not x.is_fully_addressable:
+        if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
             continue  # not known here
         least, most = np.min(np.asarray(x)), np.max(np.asarray(x))
         if least < 0 or most >= num_buckets:

@@ -24,34 +24,13 @@ from longctx.attention.sparse import (
     qk_sparse_attention,
 )
 from longctx.nn.cache import Cache, check_cached_call
+from longctx.nn.draw import new_draw
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.sharding import DEFAULT_AXES, Axes
 from longctx.parallel.mesh import sequence_axis, shard_operator
 from pallas_kernels.flash_attention import flash_attention
 
 type KeyNorm = Literal["head", "all"]
-
-
-class Draw(nnx.Variable):
-    """Raw PRNG key data, uint32 [2], of what a module draws at random in every call."""
-
-
-def redraw(state: nnx.State) -> nnx.State:
-    """`state` with another key, derived from its last, in every `Draw`.
-
-    For between training steps: calls that share a cache must share their draws.
-    """
-
-    def next_key(data: Array) -> Array:
-        if data.ndim > 1:  # stacked layers
-            return jax.vmap(next_key)(data)
-        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(data), 1))
-
-    def renew(variable: nnx.Variable) -> nnx.Variable:
-        drawn = isinstance(variable, Draw)
-        return variable.replace(next_key(variable[...])) if drawn else variable
-
-    return jax.tree.map(renew, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 class TiedAttention(nnx.Module):
@@ -197,7 +176,7 @@ class HashAttention(TiedAttention):
     def __init__(self, width: int, num_heads: int, head_dim: int, *, num_buckets: int, **kwargs):
         super().__init__(width, num_heads, head_dim, **kwargs)
         self.num_buckets = num_buckets
-        self.draw = _draw(kwargs["rngs"])
+        self.draw = new_draw(kwargs["rngs"])
 
     def _codes(self, q, start):
         key = jax.random.wrap_key_data(self.draw[...])
@@ -235,7 +214,7 @@ class DropAttention(TiedAttention):
             raise ValueError(f"{drop=} must be in [0, 1)")
         super().__init__(width, num_heads, head_dim, **kwargs)
         self.drop = drop
-        self.draw = _draw(kwargs["rngs"])
+        self.draw = new_draw(kwargs["rngs"])
 
     def _keep(
         self, batch: int, length: int, start: Int[Array, "B"]
@@ -276,7 +255,3 @@ class DropAttention(TiedAttention):
         """How many kept queries, and keys, a full pass drops after all for want of capacity."""
         keep = self._keep(batch, length, jnp.zeros(batch, jnp.int32))
         return jnp.stack([overflow(rows, self.capacity(length)) for rows in keep])
-
-
-def _draw(rngs: nnx.Rngs) -> Draw:
-    return Draw(jax.random.key_data(rngs.params()), out_sharding=(None,), eager_sharding=False)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
-from longctx.nn.sparse import redraw
+from longctx.nn.draw import redraw
 from longctx.parallel.layout import Kind, Layout
 from longctx.parallel.mesh import BATCH, fitting_sharding
 from longctx.train.config import RunConfig

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.nn.sparse import Draw, DropAttention, HashAttention, TiedAttention, redraw
+from longctx.nn.draw import Draw, redraw
+from longctx.nn.sparse import DropAttention, HashAttention, TiedAttention
 from longctx.parallel.mesh import make_mesh
 from tests.harness import assert_close
 
