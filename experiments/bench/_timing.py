@@ -10,7 +10,19 @@ import jax
 
 from longctx.provenance import device_info, read_rows, write_rows
 
-__all__ = ["compile_all", "device_info", "read_rows", "time_ms", "write_rows"]
+# What the code of others raises where it will not run.
+REFUSALS = (
+    AssertionError,
+    AttributeError,
+    ExceptionGroup,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+__all__ = ["REFUSALS", "compile_all", "device_info", "read_rows", "time_ms", "write_rows"]
 
 
 def compile_all(
