@@ -13,14 +13,22 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from longctx.errors import UserError
-from longctx.hf.config import from_hf, to_hf
-from longctx.hf.names import Source, sources
+from longctx.hf.architectures import from_hf, sources, to_hf
+from longctx.hf.recipe import Source
 from longctx.models import ModelConfig, build
 from longctx.parallel.mesh import fitting_sharding, make_mesh
 
 INDEX = "model.safetensors.index.json"
 # Buffers that some checkpoints carry and that follow from the configuration.
-DERIVED = ("rotary_emb.inv_freq", "model.slopes", "lrpe.index")
+DERIVED = (
+    "rotary_emb.inv_freq",
+    "model.slopes",
+    "lrpe.index",
+    "self_attn.slope_rate",
+    "self_attn.query_decay",
+    "self_attn.key_decay",
+    "self_attn.diagonal_decay",
+)
 FILE_BYTES = 5 * 10**9
 
 

@@ -5,6 +5,7 @@ from longctx.models.config import (
     MlpConfig,
     ModelConfig,
     ParallelConfig,
+    ResidualConfig,
     SoftmaxConfig,
 )
 from longctx.models.decoder import Decoder, build, count_parameters
@@ -18,6 +19,7 @@ __all__ = [
     "MlpConfig",
     "ModelConfig",
     "ParallelConfig",
+    "ResidualConfig",
     "SoftmaxConfig",
     "build",
     "count_parameters",

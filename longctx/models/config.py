@@ -40,6 +40,7 @@ class LightningConfig:
     activation: Activation = "silu"  # of q and k (paper)
     value_activation: Activation = "none"  # of v (paper: none; MiniMax-01: silu)
     norm: NormKind = "srms"  # after attention, over all heads together (paper)
+    norm_eps: float = 1e-6  # of that norm (author code, also MiniMax-01's)
 
     def __post_init__(self) -> None:
         _choice("position", self.position, POSITIONS)
@@ -101,6 +102,16 @@ class MlpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ResidualConfig:
+    """How a sublayer f joins the stream x: alpha x + beta f(norm(x)), as (alpha, beta)."""
+
+    lightning: tuple[float, float] = (1.0, 1.0)  # of lightning mixers
+    softmax: tuple[float, float] = (1.0, 1.0)  # of all other mixers
+    mlp: tuple[float, float] = (1.0, 1.0)
+    post_norm: bool = False  # MiniMax-01: alpha y + beta f(y) with y = norm(x)
+
+
+@dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """How the devices along the mesh axis `seq` share one sequence."""
 
@@ -126,6 +137,7 @@ class ModelConfig:
     mlp: MlpConfig = MlpConfig()  # of every layer
     norm: NormKind = "srms"  # pre-norms and final norm: srms (paper), rms, layer
     norm_eps: float = 1e-6  # author code
+    residual: ResidualConfig = ResidualConfig()  # weights of what each layer adds
     learned_positions: int = 0  # rows of a learned absolute position table; 0: none
     tied_head: bool = True  # output embedding is the input's (author code; counts agree)
     scale_embedding: bool = True  # multiply embeddings by sqrt(width) (author code, v1 models)

@@ -175,7 +175,17 @@ def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs)
         make_norm(c.norm, c.width, c.norm_eps, param_dtype=shared["param_dtype"], rngs=rngs)
         for _ in range(2)
     ]
-    return Block(mixer, mlp, *norms, mlp_chunk=c.mlp.chunk, axes=axes)
+    residual = c.residual
+    return Block(
+        mixer,
+        mlp,
+        *norms,
+        mixer_weights=residual.lightning if kind.startswith("lightning") else residual.softmax,
+        mlp_weights=residual.mlp,
+        post_norm=residual.post_norm,
+        mlp_chunk=c.mlp.chunk,
+        axes=axes,
+    )
 
 
 def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[str, Any]) -> Mixer:
@@ -203,7 +213,7 @@ def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[st
                 value_activation=linear.value_activation,
                 gate=linear.gate,
                 norm=linear.norm,
-                norm_eps=c.norm_eps,
+                norm_eps=linear.norm_eps,
                 strategy=parallel.states,
                 layout=parallel.layout,
                 **shared,

@@ -8,7 +8,13 @@ beside it.
 import dataclasses
 from typing import Any
 
-from longctx.models.config import LightningConfig, MlpConfig, ModelConfig, SoftmaxConfig
+from longctx.models.config import (
+    LightningConfig,
+    MlpConfig,
+    ModelConfig,
+    ResidualConfig,
+    SoftmaxConfig,
+)
 from longctx.nn.position import RopeScaling
 
 BYTE_VOCAB = 259  # 256 bytes and three special tokens (ours)
@@ -127,7 +133,7 @@ MISTRAL_7B = dataclasses.replace(  # version 0.1, the one with a window
 OPEN_LLAMA_3B = llama(3200, 26, 8640, SoftmaxConfig(32, 32, 100), norm_eps=1e-6)
 
 # MiniMax-01's shape (its released configuration), with a dense SwiGLU of the experts' width in
-# place of 32 experts, and pre-norm in place of scaled post-norm (ours).
+# place of 32 experts (ours).
 MINIMAX = ModelConfig(
     vocab_size=200064,
     width=6144,
@@ -145,6 +151,9 @@ MINIMAX = ModelConfig(
     mlp=MlpConfig(width=9216, activation="silu"),
     norm="rms",
     norm_eps=1e-5,
+    residual=ResidualConfig(  # alpha = (2 layers)^(1/4)
+        (160**0.25, 1.0), (160**0.25, 1.0), (160**0.25, 1.0), post_norm=True
+    ),
     tied_head=False,
     scale_embedding=False,
 )

@@ -45,7 +45,10 @@ class Mixer(Protocol):
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); called like a mixer.
 
-    With `mlp_chunk`, the MLP runs over so many tokens of a device at a time (`in_chunks`).
+    Args:
+      mixer_weights, mlp_weights: (alpha, beta) for alpha x + beta f(norm(x)).
+      post_norm: with y = norm(x), alpha y + beta f(y): the stream itself is normalised.
+      mlp_chunk: the MLP runs over so many tokens of a device at a time (`in_chunks`); 0: all.
     """
 
     def __init__(
@@ -55,11 +58,16 @@ class Block(nnx.Module):
         mixer_norm: Callable[[Array], Array],
         mlp_norm: Callable[[Array], Array],
         *,
+        mixer_weights: tuple[float, float] = (1.0, 1.0),
+        mlp_weights: tuple[float, float] = (1.0, 1.0),
+        post_norm: bool = False,
         mlp_chunk: int = 0,
         axes: Axes = DEFAULT_AXES,
     ):
         self.mixer, self.mlp, self.mlp_chunk, self.axes = mixer, mlp, mlp_chunk, axes
         self.mixer_norm, self.mlp_norm = mixer_norm, mlp_norm
+        self.mixer_weights, self.mlp_weights = mixer_weights, mlp_weights
+        self.post_norm = post_norm
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """The mixer's cache."""
@@ -69,10 +77,19 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T M"], cache: Cache | None = None, **where: Any
     ) -> tuple[Float[Array, "B T M"], Cache | None]:
         """One layer."""
-        mixed, cache = self.mixer(self.mixer_norm(x), cache, **where)
-        x = place(x + mixed, self.axes.hidden)
-        x = x + in_chunks(lambda x: self.mlp(self.mlp_norm(x)), x, self.mlp_chunk, self.axes)
+        y = self.mixer_norm(x)
+        mixed, cache = self.mixer(y, cache, **where)
+        x = place(self._join(x, y, mixed, self.mixer_weights), self.axes.hidden)
+        x = in_chunks(self._mix_channels, x, self.mlp_chunk, self.axes)
         return place(x, self.axes.hidden), cache
+
+    def _mix_channels(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        y = self.mlp_norm(x)
+        return self._join(x, y, self.mlp(y), self.mlp_weights)
+
+    def _join(self, x: Array, y: Array, fy: Array, weights: tuple[float, float]) -> Array:
+        alpha, beta = weights
+        return alpha * (y if self.post_norm else x) + beta * fy
 
 
 def in_chunks(

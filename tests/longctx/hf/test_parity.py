@@ -14,7 +14,7 @@ from longctx.models import build
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "mistral", "minimax"])
 def test_logits_equal_those_of_transformers(name):
     config, params = load_hf(FIXTURES / name)
     model = build(dataclasses.replace(config, dtype="float32"), rngs=nnx.Rngs(0))

@@ -11,7 +11,7 @@ from flax import nnx
 
 from longctx.errors import UserError
 from longctx.hf import from_hf, io, load_hf, save_hf, to_hf
-from longctx.models import MODELS, build
+from longctx.models import MODELS, MlpConfig, SoftmaxConfig, build
 from longctx.nn.position import RopeScaling
 from longctx.parallel.mesh import make_mesh
 
@@ -32,7 +32,18 @@ MISTRAL = dataclasses.replace(
     mixers=("window",),
     softmax=dataclasses.replace(LLAMA.softmax, window=16, rope_scaling=RopeScaling()),
 )
-CASES = {"tnl": TNL, "llama": LLAMA, "mistral": MISTRAL}
+MINIMAX = dataclasses.replace(
+    MODELS["minimax"],
+    width=32,
+    num_layers=9,
+    mixers=("lightning", "lightning", "softmax"),
+    lightning=dataclasses.replace(MODELS["minimax"].lightning, num_heads=4, head_dim=16),
+    softmax=SoftmaxConfig(num_heads=4, num_kv_heads=2, head_dim=16),
+    mlp=MlpConfig(width=48, activation="silu"),
+    vocab_size=64,
+    dtype="float32",
+)
+CASES = {"tnl": TNL, "llama": LLAMA, "mistral": MISTRAL, "minimax": MINIMAX}
 
 
 def parameters(config):
@@ -113,6 +124,10 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
         ({"model_type": "bert"}, "model_type='bert' cannot be imported"),
         (to_hf(LLAMA, 8) | {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (to_hf(LLAMA, 8) | {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn'"),
+        (to_hf(MINIMAX, 8) | {"num_local_experts": 32}, "num_local_experts=32"),
+        (to_hf(MINIMAX, 8) | {"num_attention_heads": 6}, "num_attention_heads=6"),
+        (to_hf(MINIMAX, 8) | {"layer_types": ["conv"] * 9}, "layer_types=\\['conv'\\]"),
+        (to_hf(MINIMAX, 8) | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (to_hf(TNL, 8) | {"linear_use_lrpe_list": [0, 1, 0, 0]}, "linear_use_lrpe_list"),
     ],
 )
@@ -122,7 +137,13 @@ def test_what_cannot_be_imported_is_refused(config, message):
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
-    with pytest.raises(UserError, match="different mixers"):
-        to_hf(MODELS["hybrid-tiny"], 8)
+    for config, message in (
+        (MODELS["hybrid-tiny"], "other mixers"),
+        (MODELS["minimax"], "rope=\\(True, 0.5\\)"),
+        (dataclasses.replace(LLAMA, mixers=("softmax", "window")), "different mixers"),
+        (dataclasses.replace(LLAMA, residual=MINIMAX.residual), "residual"),
+    ):
+        with pytest.raises(UserError, match=message):
+            to_hf(config, 8)
     with pytest.raises(UserError, match="has no config"):
         load_hf(tmp_path)
