@@ -3,8 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from longctx.attention.mixed_radix import Order, Positions
-from longctx.attention.tensorized import Variant
+from longctx.attention.tensorized import Order, Positions, Variant
 from longctx.nn.lightning import Gate
 from longctx.nn.mlp import Activation
 from longctx.nn.norm import NormKind

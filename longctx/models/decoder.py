@@ -227,7 +227,7 @@ def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[st
             return DropAttention(*heads, key_norm=sparse.key_norm, drop=sparse.drop, **shared)
         case "tensorized":
             folded = {f.name: getattr(c.tensorized, f.name) for f in fields(c.tensorized)}
-            return TensorizedAttention(*heads, **folded, **rotary, **shared)
+            return TensorizedAttention(*heads, layout=parallel.layout, **folded, **rotary, **shared)
     return SelfAttention(
         *heads,
         window=soft.window if kind == "window" else None,

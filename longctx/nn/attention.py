@@ -106,11 +106,7 @@ class SelfAttention(nnx.Module):
         """Mix tokens; `positions` (default: counted from each document's start) serve RoPE."""
         check_cached_call(cache, lengths, doc_start)
         B, T, _ = x.shape
-        kv = self.key_value(x)
-        q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
-        k, v = (kv[..., i, :].reshape(B, T, self.kv_heads, self.head_dim) for i in range(2))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self.project(x)
         if self.rope_base is not None:
             if positions is None:
                 positions = default_positions(
@@ -139,6 +135,18 @@ class SelfAttention(nnx.Module):
             o = decode_attention(q, keys, values, start, window=self.window, **self.axes.operator)
             cache = cache.advance((keys, values), new)
         return self.output(o.reshape(B, T, -1)), cache
+
+    def project(
+        self, x: Float[Array, "B T M"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries, keys and values by head: normalised if the module does that, not rotated."""
+        B, T, _ = x.shape
+        kv = self.key_value(x)
+        q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
+        k, v = (kv[..., i, :].reshape(B, T, self.kv_heads, self.head_dim) for i in range(2))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return q, k, v
 
 
 RingAttention = functools.partial(SelfAttention, strategy="ring")

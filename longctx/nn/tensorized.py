@@ -1,6 +1,7 @@
 """Tensorized attention as a module."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +9,27 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.mixed_radix import Dims, Order, Positions, make_hops
 from longctx.attention.slots import append
-from longctx.attention.tensorized import Variant, tensorized_attention
-from longctx.attention.tensorized_cache import ring_lengths, tensorized_cache_attention
-from longctx.attention.tensorized_shards import sharded_mixed_radix
+from longctx.attention.tensorized import (
+    Dims,
+    Order,
+    Positions,
+    Variant,
+    make_hops,
+    ring_lengths,
+    sharded_mixed_radix,
+    tensorized_attention,
+    tensorized_cache_attention,
+)
+from longctx.nn.attention import SelfAttention
 from longctx.nn.cache import Cache, check_cached_call
-from longctx.nn.linear import INIT_STD, Linear
-from longctx.nn.norm import RMSNorm
-from longctx.nn.position import NO_SCALING, RopeScaling, rope_frequencies
-from longctx.nn.sharding import DEFAULT_AXES, Axes, parameter
+from longctx.nn.position import rope_frequencies
+from longctx.nn.sharding import parameter
+from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import sequence_axis, shard_operator
 
 
-class TensorizedAttention(nnx.Module):
+class TensorizedAttention(SelfAttention):
     """Attention along the dimensions of the folded sequence (arXiv 2410.20926).
 
     y = tensorized_attention(q, k, v) Wo; projections, RoPE and modes are those of
@@ -38,7 +46,8 @@ class TensorizedAttention(nnx.Module):
         model computes the same as before on its first n_1 tokens.
       self_bias: initial value of the learned score that a token gets with itself in every hop
         but the fastest ("mixed_radix" only); None: no such score.
-      num_kv_heads, rope_base, rope_fraction, rope_scaling, qk_norm: as in `SelfAttention`.
+      layout: order of the tokens along `axes.seq`; only contiguous parts can be computed.
+      others: as in `SelfAttention`, without a window or a strategy.
     """
 
     def __init__(
@@ -52,42 +61,14 @@ class TensorizedAttention(nnx.Module):
         order: Order = "slow_first",
         positions: Positions = "digit",
         self_bias: float | None = 4.0,
-        num_kv_heads: int | None = None,
-        rope_base: float | None = 10000.0,
-        rope_fraction: float = 1.0,
-        rope_scaling: RopeScaling = NO_SCALING,
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
-        std: float = INIT_STD,
-        dtype: jax.typing.DTypeLike = jnp.float32,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        axes: Axes = DEFAULT_AXES,
+        layout: Layout | Kind = "contiguous",
         rngs: nnx.Rngs,
+        **others: Any,
     ):
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"num_kv_heads={kv_heads} must divide {num_heads=}")
         if variant == "kronecker":
             raise ValueError(f"{variant=} is bidirectional: a decoder cannot use it")
-        self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
+        super().__init__(width, num_heads, head_dim, layout=layout, rngs=rngs, **others)
         self.dims, self.variant, self.order, self.positions = dims, variant, order, positions
-        self.rope_base, self.rope_scaling = rope_base, rope_scaling
-        self.rotated = round(head_dim * rope_fraction)
-        self.axes, self.dtype = axes, dtype
-        kwargs = {
-            "axes": axes,
-            "std": std,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
-        spread = (axes.fsdp, None, axes.tensor)
-        self.query = Linear(width, (1, num_heads * head_dim), spec=spread, **kwargs)
-        self.key_value = Linear(width, (2, kv_heads * head_dim), spec=spread, **kwargs)
-        self.output = Linear(num_heads * head_dim, width, spec=(axes.tensor, axes.fsdp), **kwargs)
-        norm = {"param_dtype": param_dtype, "rngs": rngs}
-        self.query_norm = RMSNorm(head_dim, norm_eps, **norm) if qk_norm else None
-        self.key_norm = RMSNorm(head_dim, norm_eps, **norm) if qk_norm else None
         biased = self_bias is not None and variant == "mixed_radix" and len(dims) > 1
         self.self_bias = self._make_bias(self_bias, rngs) if biased else None
 
@@ -117,17 +98,17 @@ class TensorizedAttention(nnx.Module):
         del positions  # part of the signature all mixers share
         check_cached_call(cache, lengths, doc_start)
         devices, inside = sequence_axis(self.axes.seq)
+        if not as_layout(self.layout, devices).in_order:
+            raise NotImplementedError(
+                f"layout={self.layout!r}: TensorizedAttention needs contiguous parts of a sequence"
+            )
         if devices > 1 and (cache is not None or self.variant != "mixed_radix"):
             raise NotImplementedError(
                 f"axis {self.axes.seq!r} splits sequences over {devices} devices: there "
                 "TensorizedAttention computes variant 'mixed_radix' without a cache only"
             )
         B, T, _ = x.shape
-        kv = self.key_value(x)
-        q = self.query(x).reshape(B, T, self.num_heads, self.head_dim)
-        k, v = (kv[..., i, :].reshape(B, T, self.kv_heads, self.head_dim) for i in range(2))
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+        q, k, v = self.project(x)
         if devices > 1:
             o = self._attend_sharded(q, k, v, doc_start, T * devices if inside else T)
         elif cache is None:

@@ -40,9 +40,22 @@ def hop_mask(length, stride, window, doc_start=None):
     t, s = np.arange(length)[:, None], np.arange(length)
     seen = (t >= s) & ((t - s) % stride == 0) & ((t - s) // stride < (window or length))
     seen = np.broadcast_to(seen, (B, 1, length, length))
-    if doc_start is not None:
-        seen = seen & (s >= np.asarray(doc_start)[..., None])[:, None]
-    return jnp.asarray(seen)
+    return jnp.asarray(seen) & same_document(doc_start)
+
+
+def same_document(doc_start):
+    if doc_start is None:
+        return jnp.ones((1, 1, 1, 1), bool)
+    return doc_start[:, None, :, None] == doc_start[:, None, None, :]
+
+
+def packed_starts(length):
+    """Documents that begin at 0, 7, 30 and at 0, 11; one of them before its row."""
+    rows = [
+        [max(s for s in starts if s <= max(t, 0)) for t in range(length)]
+        for starts in ([0, 7, 30], [-3, 11])
+    ]
+    return jnp.asarray(rows, jnp.int32)
 
 
 def scores(q, k, frequencies, stride, positions):
@@ -86,17 +99,18 @@ def fibre_mask(length, dims, i, compare):
     return jnp.asarray([[seen(a, b) for b in all_digits] for a in all_digits])[None, None]
 
 
-def dominance(q, k, v, frequencies, *, dims, order, positions="digit"):
+def dominance(q, k, v, frequencies, *, dims, order, positions="digit", doc_start=None):
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     hops = list(enumerate(strides(dims)))
     for i, stride in hops if order == "fast_first" else reversed(hops):
         mask = fibre_mask(q.shape[1], dims, i, lambda x, y: x <= y)
+        mask = mask & same_document(doc_start)
         a = softmax(scores(q, k, frequencies, stride, positions), mask)
         v = jnp.einsum("bhts,bshe->bthe", a, v, precision="highest")
     return v
 
 
-def hierarchical(q, k, v, frequencies, *, dims, positions="digit"):
+def hierarchical(q, k, v, frequencies, *, dims, positions="digit", doc_start=None):
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     length = q.shape[1]
     itself = jnp.eye(length, dtype=bool)[None, None]
@@ -104,10 +118,11 @@ def hierarchical(q, k, v, frequencies, *, dims, positions="digit"):
     values, f = [v], v
     for i, stride in enumerate(strides(dims)):
         s = scores(q, k, frequencies, stride, positions)
-        mask = fibre_mask(length, dims, i, lambda x, y: x < y)
+        mask = fibre_mask(length, dims, i, lambda x, y: x < y) & same_document(doc_start)
         logits.append(jnp.where(mask, s, -jnp.inf))
         values.append(f)
-        a = softmax(s, fibre_mask(length, dims, i, lambda x, y: True))
+        whole = fibre_mask(length, dims, i, lambda x, y: True) & same_document(doc_start)
+        a = softmax(s, whole)
         f = jnp.einsum("bhts,bshe->bthe", a, f, precision="highest")
     a = jax.nn.softmax(jnp.concatenate(logits, -1), axis=-1)
     parts = jnp.split(a, len(logits), -1)
@@ -145,9 +160,7 @@ def test_mixed_radix_equals_its_definition(length, dims, order, positions, bias,
     self_bias = 4.0 + jax.random.normal(jax.random.key(3), shape) if bias else None
     doc_start = None
     if packed:
-        starts = [[0, 7, 30], [-3, 11]]
-        rows = [[max(s for s in row if s <= max(t, 0)) for t in range(length)] for row in starts]
-        doc_start = jnp.asarray(rows, jnp.int32)
+        doc_start = packed_starts(length)
 
     def operator(q, k, v, frequencies, self_bias):
         return tensorized_attention(
@@ -172,9 +185,9 @@ def test_mixed_radix_equals_its_definition(length, dims, order, positions, bias,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ["slow_first", "fast_first"])
-def test_dominance_equals_its_definition(order):
-    dims = (4, 2, 5)
+@pytest.mark.parametrize("order, packed", [("slow_first", True), ("fast_first", False)])
+def test_dominance_equals_its_definition(order, packed):
+    dims, doc_start = (4, 2, 5), packed_starts(37) if packed else None
 
     def operator(*args):
         *qkv, frequencies = args
@@ -184,25 +197,35 @@ def test_dominance_equals_its_definition(order):
             variant="dominance",
             order=order,
             frequencies=frequencies,
+            doc_start=doc_start,
             backend="reference",
         )
 
     args = (*inputs(37), jnp.asarray(FREQUENCIES, jnp.float32))
-    check(operator, functools.partial(dominance, dims=dims, order=order), args, (0, 1, 2))
+    reference = functools.partial(dominance, dims=dims, order=order, doc_start=doc_start)
+    check(operator, reference, args, (0, 1, 2))
 
 
 @pytest.mark.slow
-def test_hierarchical_equals_its_definition():
-    dims = (4, 2, 5)
+@pytest.mark.parametrize("packed", [True, False])
+def test_hierarchical_equals_its_definition(packed):
+    dims, doc_start = (4, 2, 5), packed_starts(40) if packed else None
 
     def operator(*args):
         *qkv, frequencies = args
         return tensorized_attention(
-            *qkv, dims=dims, variant="hierarchical", frequencies=frequencies, backend="reference"
+            *qkv,
+            dims=dims,
+            variant="hierarchical",
+            frequencies=frequencies,
+            doc_start=None if doc_start is None else doc_start[:, : qkv[0].shape[1]],
+            backend="reference",
         )
 
     args = (*inputs(40), jnp.asarray(FREQUENCIES, jnp.float32))
-    check(operator, functools.partial(hierarchical, dims=dims), args, (0, 1, 2))
+    check(
+        operator, functools.partial(hierarchical, dims=dims, doc_start=doc_start), args, (0, 1, 2)
+    )
     ragged = [x[:, :37] for x in args[:3]]
     run = jax.jit(operator)
     assert_close(run(*ragged, args[3]), run(*args)[:, :37], 1e-6)
@@ -316,6 +339,21 @@ def test_leaks_no_future(variant):
     assert not np.allclose(before[:, cut:], after[:, cut:], atol=1e-2)
 
 
+@pytest.mark.parametrize("variant", ["hierarchical", "dominance"])
+def test_packed_documents_do_not_see_each_other(variant):
+    """A change of the first document changes nothing of the second, and the other way round."""
+    args, others = inputs(60), inputs(60, seed=9)
+    doc_start = jnp.broadcast_to(jnp.where(jnp.arange(60) < 19, 0, 19)[None], (B, 60))
+    options = dict(dims=(8, 8), variant=variant, doc_start=doc_start, backend="reference")
+    run = jax.jit(functools.partial(tensorized_attention, **options))
+    o = run(*args)
+    for changed, kept in ((slice(0, 19), slice(19, 60)), (slice(19, 60), slice(0, 19))):
+        mixed = [x.at[:, changed].set(y[:, changed]) for x, y in zip(args, others, strict=True)]
+        after = run(*mixed)
+        np.testing.assert_allclose(after[:, kept], o[:, kept], atol=1e-6)
+        assert not np.allclose(after[:, changed], o[:, changed], atol=1e-2)
+
+
 def test_packing_equals_separate_runs():
     q, k, v = inputs(45)
     bias = jnp.full((1, H), 2.0)
@@ -360,6 +398,7 @@ def test_bfloat16():
         dict(variant="hierarchical", order="slow_first"),
         dict(variant="dominance", self_bias=jnp.zeros((1, H))),
         dict(variant="dominance", dims=(4, 4)),
+        dict(variant="kronecker", causal=False, doc_start=jnp.zeros((B, 64), jnp.int32)),
         dict(self_bias=jnp.zeros((2, H))),
     ],
 )

@@ -64,6 +64,15 @@ def test_in_linen():
     assert_close(y, full, 1e-5)
 
 
+@pytest.mark.parametrize("variant", ["hierarchical", "dominance"])
+def test_ablation_variants_take_packed_rows(variant):
+    """What the training loop always gives, as it gives it."""
+    doc_start = jnp.broadcast_to(jnp.where(jnp.arange(LENGTH) < 9, 0, 9)[None], (2, LENGTH))
+    module, x = make(variant=variant), tokens()
+    packed, _ = run(module, x, doc_start=doc_start)
+    assert_close(packed[:, :9], run(module, x[:, :9])[0], 1e-5)
+
+
 def test_slow_first_keeps_a_ring_of_the_fast_window():
     *_, rings = make().init_cache(2, LENGTH).memory
     assert [ring.shape for ring in rings] == [(2, 8, HEADS, HEAD_DIM)]
@@ -119,6 +128,8 @@ def test_what_a_split_sequence_cannot_do_is_said():
             make(dims=(32, None), order="fast_first")(x)
         with pytest.raises(ValueError, match="stride"):
             make(dims=(6, None))(x)
+        with pytest.raises(NotImplementedError, match="zigzag"):
+            make(layout="zigzag")(x)
 
 
 def test_refuses():

@@ -1,4 +1,4 @@
-"""Other readings of attention tensorization, for the ablation only: no packing, no decoding.
+"""Other readings of attention tensorization, for the ablation only: no decoding, no sharding.
 
 Each token t has digits d_i, t = sum_i d_i s_i; tokens that differ in digit i alone form a fibre
 along dimension i, and RoPE sees the distance of their digits (or of their positions). A sequence
@@ -11,17 +11,17 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from longctx.attention.mixed_radix import (
+from longctx.attention.tensorized.mixed_radix import (
     Dims,
     Hop,
     Order,
     Positions,
     check_dims,
-    repeat_heads,
     self_scores,
 )
+from longctx.parallel.ulysses import repeat_heads
 from pallas_kernels.flash_attention import flash_attention, merge
 
 
@@ -45,6 +45,18 @@ class Fibres:
         """The same for one number per row."""
         rows = jnp.swapaxes(x, 1, 2)[..., None]
         return jnp.swapaxes(self.unfold(rows, batch)[..., 0], 1, 2)
+
+    def digits_before(
+        self, position: Int[Array, "B T"] | None, heads: int
+    ) -> Int[Array, "A C N"] | None:
+        """How many tokens of each token's fibre stand before a position, as a row's lo or hi."""
+        if position is None:
+            return None
+        fibre = self.fold(position[..., None, None])[..., 0]  # [A, n, s]
+        base = jnp.arange(fibre.shape[0])[:, None, None] * (self.size * self.stride)
+        first = base % (self.padding + self.length) + jnp.arange(self.stride)[None, None]
+        count = jnp.clip(-((first - fibre) // self.stride), 0, self.size)
+        return jnp.repeat(jnp.swapaxes(count, 1, 2), heads, axis=1)
 
 
 def sized(dims: Dims, length: int) -> list[tuple[int, int]]:
@@ -70,6 +82,7 @@ def dominance_attention(
     order: Order = "slow_first",
     positions: Positions = "digit",
     frequencies: Float[Array, "D/2"] | None = None,
+    doc_start: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B T H E"]:
@@ -83,7 +96,8 @@ def dominance_attention(
     for stride, size in fibres if order == "fast_first" else reversed(fibres):
         view, q_r, k_r = _view(q, k, stride, size, positions, frequencies)
         k_r = repeat_heads(k_r, v.shape[2])
-        o = flash_attention(*map(view.fold, (q_r, k_r, v)), scale=scale, backend=backend)
+        lo = view.digits_before(doc_start, q.shape[2])
+        o = flash_attention(*map(view.fold, (q_r, k_r, v)), lo=lo, scale=scale, backend=backend)
         v = view.unfold(cast(Array, o), q.shape[0])
     return v
 
@@ -96,6 +110,7 @@ def hierarchical_attention(
     dims: Dims,
     positions: Positions = "digit",
     frequencies: Float[Array, "D/2"] | None = None,
+    doc_start: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Float[Array, "B T H E"]:
@@ -106,6 +121,7 @@ def hierarchical_attention(
     F_0 = v, F_i attention along dimension i to values F_{i-1} without a mask. Those blocks lie
     wholly in the past.
     """
+    doc_end = None if doc_start is None else _document_ends(doc_start)
     batch, length, heads, width = q.shape
     scale = 1 / math.sqrt(width) if scale is None else scale
     k, values = repeat_heads(k, heads), repeat_heads(v, heads)
@@ -115,12 +131,13 @@ def hierarchical_attention(
     for i, (stride, size) in enumerate(fibres):
         view, q_r, k_r = _view(q, k, stride, size, positions, frequencies)
         folded = tuple(map(view.fold, (q_r, k_r, values)))
-        options = {"scale": scale, "backend": backend}
+        lo, hi = (view.digits_before(x, heads) for x in (doc_start, doc_end))
+        options = {"lo": lo, "scale": scale, "backend": backend}
         earlier, lse_i = flash_attention(*folded, q_offset=-1, return_lse=True, **options)
         o_i = view.unfold(earlier, batch)
         o, lse = merge(o, lse, o_i, view.unfold_rows(lse_i, batch))
         if i < len(fibres) - 1:
-            whole = flash_attention(*folded, causal=False, **options)
+            whole = flash_attention(*folded, causal=False, hi=hi, **options)
             values = view.unfold(cast(Array, whole), batch)
     return o.astype(q.dtype)
 
@@ -169,6 +186,15 @@ VARIANTS: dict[str, Callable[..., Array]] = {
     "hierarchical": hierarchical_attention,
     "kronecker": kronecker_attention,
 }
+
+
+def _document_ends(doc_start: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position just behind the last token of each token's document."""
+    length = doc_start.shape[1]
+    time = jnp.arange(length, dtype=doc_start.dtype)[None]
+    begins = jnp.where(doc_start == time, time, length)
+    following = jnp.pad(begins[:, 1:], [(0, 0), (0, 1)], constant_values=length)
+    return jax.lax.cummin(following, axis=1, reverse=True)
 
 
 def _view(

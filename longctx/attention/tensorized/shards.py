@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.mixed_radix import Hop, attend_along
+from longctx.attention.tensorized.mixed_radix import Hop, attend_along
 from longctx.parallel.ulysses import repeat_heads
 from pallas_kernels._pallas import unify_varying, varying_axes
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.mixed_radix import Hop, attend_along
 from longctx.attention.slots import append
+from longctx.attention.tensorized.mixed_radix import Hop, attend_along
 from longctx.parallel.ulysses import repeat_heads
 
 type Hops = tuple[tuple[int, Hop], ...]

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.mixed_radix import Dims, Order, Positions, mixed_radix_attention
-from longctx.attention.tensorized_variants import VARIANTS
+from longctx.attention.tensorized.mixed_radix import Dims, Order, Positions, mixed_radix_attention
+from longctx.attention.tensorized.variants import VARIANTS
 
 type Variant = Literal["mixed_radix", "dominance", "hierarchical", "kronecker"]
 
@@ -58,7 +58,9 @@ def tensorized_attention(
       self_bias: learned, [m - 1, H]; added in each hop i > 1 to the score of a token with itself
         (from about +4 on: else an untrained slow hop spreads a token's neighbourhood over n_i
         others). Of "mixed_radix"; None: no bias.
-      doc_start: position of the first token of each token's document. Of "mixed_radix".
+      doc_start: position of the first token of each token's document, none of which sees another;
+        not of "kronecker". Digits count from the row's first token: in "hierarchical" a document
+        that begins inside a block loses sight of part of that block.
 
     Returns:
       o in q's dtype, [B, T, H, E]. Differentiable once in q, k, v, frequencies and self_bias.
@@ -81,18 +83,20 @@ def tensorized_attention(
             f"{causal=} is not what {variant=} computes: 'kronecker' sums its scores over the "
             "whole sequence, so that no mask can make it causal; the others are causal"
         )
-    own = {"self_bias": (self_bias, "mixed_radix"), "doc_start": (doc_start, "mixed_radix")}
-    own |= {"order": (order, "mixed_radix, dominance")}
-    for name, (value, variants) in own.items():
-        if value is not None and variant not in variants.split(", "):
-            raise ValueError(f"{name} belongs to {variants}, not to {variant=}")
-    if variant in ("mixed_radix", "dominance"):
-        options["order"] = order or "slow_first"
-    if variant == "mixed_radix":
-        extra = {"self_bias": self_bias, "doc_start": doc_start}
-        return mixed_radix_attention(q, k, v, backend=backend, **options, **extra)
+    for name, value, variants in (
+        ("self_bias", self_bias, ("mixed_radix",)),
+        ("order", order, ("mixed_radix", "dominance")),
+        ("doc_start", doc_start, ("mixed_radix", "dominance", "hierarchical")),
+    ):
+        if value is not None and variant not in variants:
+            raise ValueError(f"{name} belongs to {', '.join(variants)}, not to {variant=}")
     if variant == "kronecker":
         if backend != "auto":
             raise ValueError(f"{backend=}: variant 'kronecker' is an einsum and has no backends")
         return VARIANTS[variant](q, k, v, **options)
-    return VARIANTS[variant](q, k, v, backend=backend, **options)
+    options |= {"doc_start": doc_start, "backend": backend}
+    if variant != "hierarchical":
+        options["order"] = order or "slow_first"
+    if variant == "mixed_radix":
+        return mixed_radix_attention(q, k, v, self_bias=self_bias, **options)
+    return VARIANTS[variant](q, k, v, **options)
