@@ -21,8 +21,15 @@ its RUNS, or a variable). `longctx train NAME --help` lists every field with its
 
 ADAPT_HELP = """usage: longctx adapt SOURCE [--out DIR] [overrides]
 
-SOURCE is a run or a Hugging Face folder (Llama, Mistral, TransNormerLLM). The new run begins with
-its parameters; overrides are those of `longctx train`, for instance --model.mixers tensorized."""
+SOURCE is a run or a Hugging Face folder (Llama, Mistral, TransNormerLLM, MiniMax-01). The new run
+begins with its parameters; overrides are those of `longctx train`. Attention of another kind:
+
+  tensorized  --model.mixers tensorized --model.tensorized.dims 2048 None
+  windowed    --model.mixers window --model.softmax.window 1024
+  ring        --mesh.seq 4 --parallel.strategy ring
+  a hybrid    --model.mixers lightning lightning lightning softmax
+
+`longctx eval` then scores it by length and context."""
 
 
 @dataclasses.dataclass(frozen=True)

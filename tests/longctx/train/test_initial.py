@@ -1,7 +1,6 @@
 """From one model to another: adapted runs, Hugging Face folders, tasks as data and as tests."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
@@ -14,7 +13,14 @@ from longctx.models import MODELS, LightningConfig, MlpConfig, SoftmaxConfig
 from longctx.models.layers import by_layer
 from longctx.parallel.mesh import make_mesh
 from longctx.provenance import read_rows
-from longctx.train.config import EvalConfig, OptimConfig, RunConfig, RunError, TrainConfig
+from longctx.train.config import (
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    RunError,
+    TrainConfig,
+    read_config,
+)
 from longctx.train.initial import begin_with, run_from_hf, run_to_hf
 from longctx.train.loop import train
 from longctx.train.restore import load_run
@@ -66,13 +72,29 @@ def test_adapting_takes_what_both_models_have(trained):
     assert ("layers", 1, "mixer", "query", "kernel") in set(given) & set(taken)
 
 
-def test_adapt_command_trains_on(trained, tmp_path):
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        ("--model.mixers tensorized --model.tensorized.dims 16 None", "tensorized tensorized"),
+        ("--model.mixers window --model.softmax.window 16", "window window"),
+        ("--mesh.seq 2 --parallel.strategy ring", "softmax softmax"),
+        ("--model.mixers lightning softmax", "lightning+lrpe softmax"),
+    ],
+)
+def test_adapt_command_trains_on_with_another_attention(trained, tmp_path, arguments, wanted):
+    """From a Hugging Face folder: swapped, trained, scored at and beyond the trained length."""
+    run_to_hf(trained, tmp_path / "hf")
     out = tmp_path / "adapted"
-    arguments = ["--model.mixers", "window", "--train.steps", "3", "--out", str(out)]
-    main(["adapt", str(trained), *arguments])
-    assert json.loads((out / "config.json").read_text())["model"]["mixers"] == ["window"]
-    rows = [r for r in read_rows(out / "metrics.jsonl") if "loss" in r]
-    assert rows[-1]["step"] == 3
+    shape = "--data.source task:mqar --data.sequence-length 64 --data.batch-size 4"
+    schedule = "--optim.warmup-steps 1 --train.steps 3 --train.log-every 1 --eval.tokens 256"
+    given = f"{arguments} {shape} {schedule} --out {out}"
+    main(["adapt", str(tmp_path / "hf"), *given.split()])
+    config = read_config(out)
+    assert config.model.layer_kinds() == tuple(wanted.split())
+    losses = [r["loss"] for r in read_rows(out / "metrics.jsonl") if "loss" in r]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    main(["eval", str(out), "--lengths", "64,128", "--tokens", "256"])
+    assert [r["length"] for r in read_rows(out / "eval.jsonl")] == [64, 128]
 
 
 def test_other_shapes_are_refused(trained):
