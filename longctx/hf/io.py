@@ -19,6 +19,7 @@ from longctx.models import ModelConfig, build
 from longctx.parallel.mesh import fitting_sharding, make_mesh
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 # Buffers that some checkpoints carry and that follow from the configuration.
 DERIVED = (
     "rotary_emb.inv_freq",
@@ -38,10 +39,7 @@ class Tensors:
     def __init__(self, folder: pathlib.Path) -> None:
         from safetensors import safe_open  # extra `hf`
 
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{folder} has no .safetensors files")
-        self._files = {file: safe_open(str(file), "numpy") for file in files}
+        self._files = {file: safe_open(str(file), "numpy") for file in _tensor_files(folder)}
         self._where = {name: file for file, f in self._files.items() for name in f.keys()}  # noqa: SIM118
 
     def names(self) -> set[str]:
@@ -54,6 +52,24 @@ class Tensors:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[self._where[name]].get_tensor(name)
+
+
+def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that the index names, without one the usual one, or all there are.
+
+    Folders may hold the same weights once more, in another layout.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise UserError(f"{folder} lacks {', '.join(absent)}, named in its {INDEX}")
+        return [folder / name for name in names]
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no .safetensors files")
+    return files
 
 
 def is_hf_folder(folder: pathlib.Path) -> bool:
@@ -159,7 +175,7 @@ class _Files:
         count = len(self._full)
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         if count == 1:
-            names = ["model.safetensors"]
+            names = [SINGLE]
         for path, name in zip(self._full, names, strict=True):
             path.rename(self._folder / name)
         if count > 1:

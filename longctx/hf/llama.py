@@ -5,7 +5,7 @@ from typing import Any
 
 from longctx.hf.recipe import Path, Recipe, kernel, kernels, same
 from longctx.hf.settings import read_softmax, require, write_softmax
-from longctx.models import MlpConfig, ModelConfig, ResidualConfig
+from longctx.models import LightningConfig, MlpConfig, ModelConfig, ResidualConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
@@ -20,12 +20,15 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
         },
         {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     )
+    softmax = read_softmax(config)
     return ModelConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         mixers=("window",) if config.get("sliding_window") else ("softmax",),
-        softmax=read_softmax(config),
+        softmax=softmax,
+        # Of no layer yet: an adapted model's lightning layers can take over the output weights.
+        lightning=LightningConfig(num_heads=softmax.num_heads, head_dim=softmax.head_dim),
         mlp=MlpConfig(width=config["intermediate_size"], activation="silu"),
         norm="rms",
         norm_eps=config.get("rms_norm_eps", 1e-6),

@@ -373,6 +373,18 @@ def test_packing_equals_separate_runs():
     assert_close(packed[:, :19], run(q[:, :19], k[:, :19], v[:, :19]), 2e-6)
 
 
+def test_backward_keeps_only_inputs_values_and_one_number_a_row():
+    """What `tensorized_attention` says it saves, for each of two hops; nothing is computed."""
+    length, args = 96, inputs(96)
+    bias = jnp.full((1, H), 2.0)
+    run = functools.partial(tensorized_attention, dims=(16, 8), self_bias=bias)
+    kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], *args))
+    rows = B * length
+    per_hop = rows * (H * D + K * D + H)  # q, k, lse
+    values = rows * (K * E + H * E + H * E + H * E)  # of both hops, in and out
+    assert sum(x.size for x in kept) <= 2 * per_hop + values + 64
+
+
 def test_bfloat16():
     args = inputs(96)
     bias = jnp.full((1, H), 2.0)

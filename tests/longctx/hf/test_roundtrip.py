@@ -86,8 +86,13 @@ def test_several_files_and_their_index(tmp_path, monkeypatch):
     index = json.loads((tmp_path / io.INDEX).read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert {p.name for p in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+    (tmp_path / "consolidated.safetensors").write_bytes(b"another layout of the same weights")
     _, loaded = load_hf(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    gone = max(index["weight_map"].values())
+    (tmp_path / gone).unlink()
+    with pytest.raises(UserError, match=f"lacks {gone}, named in its"):
+        load_hf(tmp_path)
 
 
 def test_parameters_lie_where_the_mesh_says(tmp_path):

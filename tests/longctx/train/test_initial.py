@@ -21,7 +21,7 @@ from longctx.train.config import (
     TrainConfig,
     read_config,
 )
-from longctx.train.initial import begin_with, run_from_hf, run_to_hf
+from longctx.train.initial import begin_with
 from longctx.train.loop import train
 from longctx.train.restore import load_run
 from longctx.train.step import create_state
@@ -76,14 +76,20 @@ def test_adapting_takes_what_both_models_have(trained):
     "arguments, wanted",
     [
         ("--model.mixers tensorized --model.tensorized.dims 16 None", "tensorized tensorized"),
-        ("--model.mixers window --model.softmax.window 16", "window window"),
-        ("--mesh.seq 2 --parallel.strategy ring", "softmax softmax"),
         ("--model.mixers lightning softmax", "lightning+lrpe softmax"),
+        pytest.param(
+            "--model.mixers window --model.softmax.window 16",
+            "window window",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--mesh.seq 2 --parallel.strategy ring", "softmax softmax", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_adapt_command_trains_on_with_another_attention(trained, tmp_path, arguments, wanted):
     """From a Hugging Face folder: swapped, trained, scored at and beyond the trained length."""
-    run_to_hf(trained, tmp_path / "hf")
+    main(["convert", str(trained), "--out", str(tmp_path / "hf")])
     out = tmp_path / "adapted"
     shape = "--data.source task:mqar --data.sequence-length 64 --data.batch-size 4"
     schedule = "--optim.warmup-steps 1 --train.steps 3 --train.log-every 1 --eval.tokens 256"
@@ -104,9 +110,9 @@ def test_other_shapes_are_refused(trained):
         begin_with(create_state(wide, mesh), wide, trained, mesh)
 
 
-def test_to_hugging_face_and_back(trained, tmp_path):
-    run_to_hf(trained, tmp_path / "hf")
-    run_from_hf(tmp_path / "hf", tmp_path / "back")
+def test_convert_command_to_hugging_face_and_back(trained, tmp_path):
+    main(["convert", str(trained), "--out", str(tmp_path / "hf")])
+    main(["convert", str(tmp_path / "hf"), "--out", str(tmp_path / "back")])
     there, back = load_run(trained), load_run(tmp_path / "back")
     given, got = by_layer(MODEL, there.params), by_layer(MODEL, back.params)
     assert given.keys() == got.keys()
