@@ -160,6 +160,16 @@ def ablation(rows: Sequence[Row]) -> Iterator[Line]:
             yield Line(what, sources[result.arm], paper, result.verdict)
 
 
+def recall(rows: Sequence[Row]) -> Iterator[Line]:
+    """Shares of right answers, every arm beside the base arm of the same task and seed."""
+    base = {(r["task"], r["seed"]): r for r in rows if r["arm"] == r["base"]}
+    for r in rows:
+        if r["arm"] != r["base"] and (r["task"], r["seed"]) in base:
+            what = f"{r['task']}, {r['length']} tokens: {r['arm']}"
+            theirs = base[r["task"], r["seed"]]
+            yield Line(what, r["base"], f"{theirs['accuracy']:.3f}", f"{r['accuracy']:.3f}")
+
+
 def coverage(rows: Sequence[Row]) -> Iterator[Line]:
     """Share of the pairs that a method ought to compute and does."""
     rivals = {"chunks": "chunks of 64", "mean_chunks": "chunks of length / buckets"}

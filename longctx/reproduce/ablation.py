@@ -77,7 +77,7 @@ class Ablation:
                 seeded = dataclasses.replace(
                     config, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
                 )
-                yield {**self._origin(name, scale, seeded), **_trained(seeded, runs)}
+                yield {**self._origin(name, scale, seeded), **trained(seeded, runs)}
 
     def _origin(self, name: str, scale: str, config: RunConfig) -> dict[str, Any]:
         return {
@@ -205,8 +205,8 @@ def _spread(scores: Iterable[Sequence[float]]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
-def _trained(config: RunConfig, runs: Path) -> dict[str, Any]:
-    """The held-out scores of a run; it is trained unless `runs` holds it already."""
+def trained(config: RunConfig, runs: Path) -> dict[str, Any]:
+    """The held-out scores of a run and its name in `runs`, where it is trained if it is not yet."""
     digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:16]
     out = runs / digest
     curve = _curve(out, config)
