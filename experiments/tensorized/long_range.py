@@ -61,7 +61,8 @@ class Recall:
             for row in ablation.measure(scale, runs):
                 run = runs / row["run"]
                 (score,) = evaluate_tasks(run, [task], [length], count=EPISODES[scale])
-                yield {**row, **dataclasses.asdict(score)}
+                measured = ("task", "length", "accuracy", "chance")
+                yield {**row, **{name: score[name] for name in measured}}
 
     def table(self, rows: Sequence[Row]) -> str:
         """Accuracy: a line per arm and seed, a column per task."""
