@@ -8,7 +8,6 @@ import numpy as np
 from longctx.data.config import DataConfig, DataError
 from longctx.data.packing import Example
 from longctx.data.sources import Split
-from longctx.data.tokenizer import load_tokenizer
 from longctx.tasks import Task, TextCodec, named_task
 from longctx.tasks.episode import episode_at
 
@@ -44,7 +43,7 @@ def load_episodes(config: DataConfig, split: Split, *, vocab_size: int) -> Episo
       DataError: there is no such task, or the model lacks some of its tokens.
     """
     name = config.source.removeprefix(PREFIX)
-    codec = TextCodec.of_tokenizer(load_tokenizer(config.tokenizer))
+    codec = TextCodec.named(config.tokenizer)
     try:
         task = named_task(name, codec)
     except ValueError as error:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import UserError
 from longctx.models import ModelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
@@ -114,7 +113,7 @@ def evaluate_tasks(
     device_mesh = make_mesh(mesh)
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
-        codec = TextCodec.of_tokenizer(load_tokenizer(loaded.config.data.tokenizer))
+        codec = TextCodec.named(loaded.config.data.tokenizer)
         grid = [
             cell
             for name in names

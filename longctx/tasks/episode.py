@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from longctx.data.tokenizer import Tokenizer
+from longctx.data.tokenizer import load_tokenizer
 
 SPLITS = {"train": 0, "test": 1}
 
@@ -94,12 +94,15 @@ class TextCodec:
     vocab_size: int = 256
 
     @classmethod
-    def of_tokenizer(cls, tokenizer: Tokenizer) -> "TextCodec":
-        """Text in the tokens of a run's tokenizer (`longctx.data.tokenizer`)."""
+    def named(cls, tokenizer: str) -> "TextCodec":
+        """That of a run's `data.tokenizer`: "bytes", or the path of a tokenizer.json."""
+        if tokenizer == "bytes":
+            return BYTES
+        loaded = load_tokenizer(tokenizer)
         return cls(
-            encode=lambda text: tokenizer.encode(text.encode()).tolist(),
-            decode=tokenizer.decode,
-            vocab_size=tokenizer.vocab_size,
+            encode=lambda text: loaded.encode(text.encode()).tolist(),
+            decode=loaded.decode,
+            vocab_size=loaded.vocab_size,
         )
 
 

@@ -120,9 +120,9 @@ def test_needle_stands_at_its_depth():
 
 @pytest.mark.parametrize("name", [n for n, task in TASKS.items() if isinstance(task, TextTask)])
 def test_text_tasks_in_a_tokenizers_tokens(name, tmp_path):
-    tokenizer = load_tokenizer(byte_level(tmp_path / "t.json", ["<|endoftext|>"]))
-    task = named_task(name, TextCodec.of_tokenizer(tokenizer))
-    assert task.vocab_size == tokenizer.vocab_size
+    path = byte_level(tmp_path / "t.json", ["<|endoftext|>"])
+    task = named_task(name, TextCodec.named(path))
+    assert task.vocab_size == load_tokenizer(path).vocab_size
     for episode in itertools.islice(episodes(task, length=1200), 3):
         (span,) = answer_spans(episode.answer)
         solved = task.solve(episode.tokens[: span.start])
