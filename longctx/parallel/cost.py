@@ -3,7 +3,8 @@
 The model, each term of it named where it is computed: attention runs at a fixed share of the
 chip's peak, less for short blocks; a ring's hop takes the longer of its compute (of the busiest
 rank) and its move; every other collective is exposed. A backward pass has 2.5 times the products
-of a forward pass.
+of a forward pass. Devices are joined in islands (the GPUs of a host, the chips of a TPU slice);
+between islands every device has a slower link of its own.
 """
 
 import dataclasses
@@ -31,22 +32,42 @@ class Hardware:
     permute: float  # to one neighbour
     exchange: float  # out of one device in an all-gather or all-to-all
     latency: float  # seconds, of one collective
-    forward: float = 0.62  # share of `flops` that attention reaches on long blocks
-    backward: float = 0.55
-    half_rate_tokens: int = 400  # length of a block that runs at half of that share
+    forward: float = 0.61  # share of `flops` that attention reaches on long blocks
+    backward: float = 0.545
+    forward_half: int = 550  # tokens of a block that runs at half of that share
+    backward_half: int = 1350
+    island: int = 2**30  # neighbours along the sequence that `permute` and `exchange` join
+    between: float = math.inf  # out of one device to another island
 
     def seconds(self, flops: float, tokens: int, *, backward: bool = False) -> float:
         """Time for the products of attention on blocks of `tokens` rows."""
         share = self.backward if backward else self.forward
-        return flops / (self.flops * share * tokens / (tokens + self.half_rate_tokens))
+        half = self.backward_half if backward else self.forward_half
+        return flops / (self.flops * share * tokens / (tokens + half))
+
+    def permute_over(self, devices: int) -> float:
+        """Rate of a hop around so many: where islands meet, one device's link carries it."""
+        return self.permute if devices <= self.island else min(self.permute, self.between)
+
+    def gather_over(self, devices: int) -> float:
+        """Rate of an all-gather: each shard enters an island once, over all of its links."""
+        if devices <= self.island:
+            return self.exchange
+        return min(self.exchange, self.island * self.between)
+
+    def swap_over(self, devices: int) -> float:
+        """Rate of an all-to-all: nearly all of it leaves the island."""
+        return self.exchange if devices <= self.island else min(self.exchange, self.between)
 
 
-# By a part of jax's device kind. Peaks and links from the vendors' sheets, one way per link (TPU:
-# an axis of the torus has two); the permute of H100 and H200 was measured, 297 GB/s.
+# By a part of jax's device kind. Peaks and links from the makers' sheets, one way per link (TPU: an
+# axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). Measured: the permute of H100
+# and H200, 297 GB/s, and the shares, on one H100 (tests/longctx/parallel/test_cost.py).
+_HOST = {"island": 8, "between": 50e9}
 HARDWARE = {
-    "H100": Hardware("H100", 989e12, 3.35e12, 297e9, 297e9, 15e-6),
-    "H200": Hardware("H200", 989e12, 4.8e12, 297e9, 297e9, 15e-6),
-    "B200": Hardware("B200", 2250e12, 8e12, 600e9, 600e9, 15e-6),
+    "H100": Hardware("H100", 989e12, 3.35e12, 297e9, 297e9, 15e-6, **_HOST),
+    "H200": Hardware("H200", 989e12, 4.8e12, 297e9, 297e9, 15e-6, **_HOST),
+    "B200": Hardware("B200", 2250e12, 8e12, 600e9, 600e9, 15e-6, **_HOST),
     "TPU v5 lite": Hardware("TPU v5e", 197e12, 0.82e12, 45e9, 90e9, 5e-6, 0.5, 0.45),
     "TPU v5": Hardware("TPU v5p", 459e12, 2.77e12, 90e9, 180e9, 5e-6, 0.5, 0.45),
     "TPU v6": Hardware("TPU v6e", 918e12, 1.64e12, 90e9, 180e9, 5e-6, 0.35, 0.35),
@@ -55,10 +76,16 @@ HARDWARE = {
 
 
 def hardware_in_use() -> Hardware:
-    """That of the mesh in use; H100 for devices not in the table, so that "auto" is the same."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+    """That of the mesh in use; H100 for devices not in the table, so that "auto" is the same.
+
+    Devices along `tensor` are closer than those along `seq`, and share an island with them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
     kind = "" if device is None else device.device_kind
-    return next((h for part, h in HARDWARE.items() if part in kind), HARDWARE["H100"])
+    found = next((h for part, h in HARDWARE.items() if part in kind), HARDWARE["H100"])
+    inner = mesh.shape.get("tensor", 1)
+    return dataclasses.replace(found, island=max(1, found.island // inner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +209,7 @@ class _Call:
     window: int | None
     itemsize: int
     hardware: Hardware
+    inner: int = 1  # devices of a rank: a hop moves data past so many
 
     @property
     def widths(self) -> int:
@@ -235,10 +263,11 @@ class _Call:
         carried = self.batch * self.local * self.heads * self.value_width * 4
         between = 2 * (kv + carried) / chip.memory + chip.latency
         compute = [chip.seconds(f, self.local) for f in busiest]
-        move = kv / chip.permute + chip.latency
+        link = chip.permute_over(self.devices * self.inner)
+        move = kv / link + chip.latency
         forward = sum(max(c, move) for c in compute[:-1]) + compute[-1] + between * (hops - 1)
         compute = [chip.seconds(2.5 * f, self.local, backward=True) for f in busiest]
-        gradient = dkv / chip.permute + chip.latency
+        gradient = dkv / link + chip.latency
         backward = compute[0]
         if hops > 1:  # moves per hop: keys out, none or keys and gradients, gradients home
             moves = [0.0] + [gradient] * (hops - 2)
@@ -263,7 +292,8 @@ class _Call:
         """
         share = 0.5 if self.causal and self.layout.kind != "contiguous" else 1.0
         rate = self.hardware.flops * self.hardware.forward
-        per_key = self.kv_heads * self.itemsize / self.hardware.permute
+        link = self.hardware.permute_over(self.devices * self.inner)
+        per_key = self.kv_heads * self.itemsize / link
         return math.ceil(rate * per_key / (2 * self.heads * share))
 
     def all_gather(self) -> Cost:
@@ -272,8 +302,9 @@ class _Call:
         others = self.devices - 1
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
         # All keys are put in position order: read and written once.
-        gather = kv * others / chip.exchange + chip.latency + 2 * kv * self.devices / chip.memory
-        scatter = dkv * others / chip.exchange + chip.latency
+        link = chip.gather_over(self.devices)
+        gather = kv * others / link + chip.latency + 2 * kv * self.devices / chip.memory
+        scatter = dkv * others / link + chip.latency
         scatter += 2 * dkv * self.devices / chip.memory
         return Cost(
             strategy="all_gather",
@@ -296,13 +327,14 @@ class _Call:
             heads=self.heads // inner,
             kv_heads=self.kv_heads * copies // inner,
             devices=ranks,
+            inner=inner,
             layout=Layout(self.layout.kind, ranks),
         ).ring()
         tokens = self.batch * self.local * self.itemsize
         swapped = tokens * (self.heads + self.kv_heads * copies) * self.widths
         sent = swapped * (inner - 1) / inner
         # q, k, v and o, each also rearranged in memory on both sides.
-        exchange = sent / chip.exchange + 4 * chip.latency + 4 * swapped / chip.memory
+        exchange = sent / chip.swap_over(inner) + 4 * chip.latency + 4 * swapped / chip.memory
         return dataclasses.replace(
             inside,
             strategy=strategy,

@@ -21,14 +21,15 @@ from longctx.train.config import RunConfig
 
 # What the runtime and fragmentation take of a device's memory, roughly.
 USABLE = 0.95
-# Lengths are multiples of it, on each device.
+# Lengths on each device are multiples of it, and so many tokens pass an MLP at once.
 GRAIN = 1024
+SMOKE_GRAIN = 64
 
 
 def models(smoke: bool) -> dict[str, RunConfig]:
     """The runs by name; their length and mesh are set by `over`."""
-    base = SMOKE if smoke else PAPER
-    mlp = dataclasses.replace(base.model.mlp, chunk=GRAIN)
+    base, grain = (SMOKE, SMOKE_GRAIN) if smoke else (PAPER, GRAIN)
+    mlp = dataclasses.replace(base.model.mlp, chunk=grain)
     tnl = dataclasses.replace(base.model, remat="block", mlp=mlp)
     return {
         name: dataclasses.replace(base, model=model)
@@ -84,9 +85,9 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for devices in options.devices:
         for name, run in models(options.smoke).items():
             row = longest(run, devices, jax.devices(), limit)
-            local = row["per_device"]
+            local, grain = row["per_device"], run.model.mlp.chunk
             while not _runs(over(run, devices, local)):
-                local -= max(GRAIN, local // 64 // GRAIN * GRAIN)
+                local -= max(grain, local // 64 // grain * grain)
             length = local * devices
             first = alone.setdefault(name, length / devices)
             row |= {"model": name, "per_device": local, "length": length, "ran": True}
@@ -100,11 +101,11 @@ def longest(
 
     Memory is taken to be linear in the length, from programs of two lengths, `probes` grains.
     """
-    mesh = make_mesh(seq=devices, devices=kind)
-    lengths = [GRAIN * probe for probe in probes]
+    mesh, grain = make_mesh(seq=devices, devices=kind), run.model.mlp.chunk
+    lengths = [grain * probe for probe in probes]
     needed = [bytes_per_device(compile_step(over(run, devices, n), mesh))["all"] for n in lengths]
     per_token = (needed[1] - needed[0]) / (lengths[1] - lengths[0])
-    local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // GRAIN * GRAIN
+    local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // grain * grain
     return {
         "group": "longest",
         "devices": devices,

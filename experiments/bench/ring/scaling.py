@@ -1,0 +1,144 @@
+"""Attention on 8 to 512 devices by the cost model: `python -m experiments.bench.ring.scaling`.
+
+Nothing here is measured. Every row is what `longctx.parallel.explain` predicts of a forward and a
+backward pass (bf16, causal, D 128, batch 1), and the share of the ideal, which is one device's
+predicted time for the whole sequence divided by the devices. The assumptions are listed in
+docs/guides/scaling.md. Where results/ring.jsonl has measured times, each stands beside its
+prediction.
+
+Writes results/ring_scaling.jsonl and draws a chart from it.
+"""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
+from longctx.parallel import Layout, explain
+from longctx.parallel.cost import HARDWARE, Cost, Hardware
+from longctx.provenance import read_rows, write_rows
+
+RESULTS = Path(__file__).parents[1] / "results"
+CHIPS = ("H100", "TPU v5")
+DEVICES = (8, 64, 512)
+PER_DEVICE = tuple(2**n for n in range(10, 18))
+HEADS = ((16, 16), (64, 8))
+
+
+def layout_of(case: Case, chip: Hardware) -> Layout:
+    """As `case.layout`, but USP keeps its all-to-alls inside of a host where there are several."""
+    if case.name == "usp" and case.devices > chip.island:
+        return Layout("zigzag", case.devices // chip.island)
+    return case.layout
+
+
+def predicted(case: Case, chip: Hardware) -> Cost | None:
+    """The cost of a case; None if its heads or layout do not allow the strategy."""
+    costs = explain(
+        batch=1, length=case.length, heads=case.heads, kv_heads=case.kv_heads, key_width=WIDTH,
+        devices=case.devices, layout=layout_of(case, chip), hardware=chip,
+    ).costs  # fmt: skip
+    return next((cost for cost in costs if cost.strategy == case.name), None)
+
+
+def ideal(case: Case, chip: Hardware) -> float:
+    """Seconds of one device for an equal share of the whole sequence."""
+    alone = predicted(case._replace(devices=1, name="ring"), chip)
+    assert alone is not None, "one device needs no strategy"
+    return alone.seconds / case.devices
+
+
+def extrapolated() -> Iterator[dict[str, Any]]:
+    """A row per chip, number of devices, heads, length and strategy."""
+    for name, devices, (heads, kv_heads), local, strategy in itertools.product(
+        CHIPS, DEVICES, HEADS, PER_DEVICE, STRATEGIES
+    ):
+        chip = HARDWARE[name]
+        case = Case(local * devices, heads, kv_heads, PASSES[1], strategy, devices)
+        cost = predicted(case, chip)
+        if cost is not None:
+            share = ideal(case, chip)
+            yield {
+                "kind": "predicted",
+                "chip": chip.name,
+                **case._asdict(),
+                "per_device": local,
+                "ms": 1e3 * cost.seconds,
+                "ideal_ms": 1e3 * share,
+                "of_ideal": share / cost.seconds,
+                "sent_bytes": cost.forward_bytes + cost.backward_bytes,
+                "assumed": dataclasses.asdict(chip),
+            }
+
+
+def beside_measured(path: Path) -> Iterator[dict[str, Any]]:
+    """Measured times of the benchmark, each with its prediction."""
+    for row in read_rows(path):
+        chip = next((HARDWARE[name] for name in HARDWARE if name in row["device"]), None)
+        if chip is None or row["group"] != "attention" or row["part"] != "full":
+            continue
+        case = Case(*(row[field] for field in Case._fields))
+        cost = predicted(case if case.devices > 1 else case._replace(name="ring"), chip)
+        if cost is not None and case.name != "cudnn":
+            seconds = cost.forward_seconds if case.which == PASSES[0] else cost.seconds
+            both = {"ms": 1e3 * seconds, "measured_ms": row["ms"]}
+            yield {"kind": "beside measured", "chip": chip.name, **case._asdict(), **both}
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Share of the ideal by tokens per device: a row per chip, a column per number of devices."""
+    rows = [row for row in rows if row["kind"] == "predicted"]
+    chips = list(dict.fromkeys(row["chip"] for row in rows))
+    figure = Figure(figsize=(12, 3.4 * len(chips)), layout="constrained")
+    grid = figure.subplots(len(chips), len(DEVICES), sharex=True, sharey=True, squeeze=False)
+    for (chip, devices), axes in zip(itertools.product(chips, DEVICES), grid.flat, strict=True):
+        for i, strategy in enumerate(STRATEGIES):
+            for (heads, kv_heads), style in zip(HEADS, ("--", "-"), strict=True):
+                line = [
+                    (r["per_device"], r["of_ideal"])
+                    for r in rows
+                    if (r["chip"], r["devices"], r["name"]) == (chip, devices, strategy)
+                    and (r["heads"], r["kv_heads"]) == (heads, kv_heads)
+                ]
+                if line:
+                    label = f"{strategy}, {heads}:{kv_heads}"
+                    axes.plot(*zip(*line, strict=True), style, color=f"C{i}", label=label)
+        axes.set(title=f"{devices} x {chip}", ylim=(0, 1.05))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("share of ideal")
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens per device")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right", title="heads")
+    figure.suptitle("predicted, not measured: forward + backward of causal attention")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Write the rows and the chart."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    options = parser.parse_args()
+    rows = list(extrapolated())
+    measured, path = RESULTS / "ring.jsonl", options.out / "ring_scaling.jsonl"
+    if measured.exists():
+        rows += beside_measured(measured)
+    write_rows(path, rows)
+    draw(read_rows(path), path.with_suffix(".png"))
+    for row in rows:
+        where = f"{row['devices']:4} x {row['chip']:8} {row['heads']}:{row['kv_heads']}"
+        each = f"{row['length'] // row['devices']:7} tokens each {row['name']:10}"
+        said = f"{row['of_ideal']:6.1%}" if "of_ideal" in row else f"{row['measured_ms']:9.3f} ms"
+        print(f"{where:24} {each} {row['ms']:12.3f} ms predicted {said}")
+
+
+if __name__ == "__main__":
+    main()
