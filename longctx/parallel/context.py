@@ -86,6 +86,12 @@ def context_attention(
             f"q, k, v must be [B, T, H, D], [B, T, K, D], [B, T, K, E], "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q and k must be equally wide, got {q.shape[3]} and {k.shape[3]}")
+    if doc_start is not None and doc_start.shape != q.shape[:2]:
+        raise ValueError(f"doc_start must be [B, T] = {q.shape[:2]}, got {doc_start.shape}")
+    if window is not None and window < 1:
+        raise ValueError(f"{window=} must be at least 1")
     if not causal and (window is not None or doc_start is not None):
         raise ValueError("a window and doc_start need causal=True")
     devices, inside = sequence_axis(axis)

@@ -69,6 +69,8 @@ def context_lightning(
             f"q, k, v must be [B, T, H, D], [B, T, H, D], [B, T, H, E], "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
+    if doc_start is not None and doc_start.shape != q.shape[:2]:
+        raise ValueError(f"doc_start must be [B, T] = {q.shape[:2]}, got {doc_start.shape}")
     devices, inside = sequence_axis(axis)
     length = q.shape[1] * devices if inside else q.shape[1]
     layout = as_layout(layout, devices)

@@ -115,7 +115,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_ylabel("share of ideal")
     for axes in grid[-1]:
         axes.set_xlabel("tokens per device")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right", title="heads")
+    lines, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right", title="heads")
     figure.suptitle("predicted, not measured: forward + backward of causal attention")
     figure.savefig(path, dpi=150)
 

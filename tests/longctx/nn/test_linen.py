@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from longctx.nn import LightningAttention, SelfAttention
+from longctx.nn import LightningAttention, RingAttention, SelfAttention
+from longctx.parallel import Layout, make_mesh
 from tests.harness import assert_close
 
 B, T, M = 2, 8, 16
@@ -90,6 +91,34 @@ def test_decode_cache(kind):
         y, cache = step(X[:, t : t + 1], cache)
         assert_close(y[:, 0], full[:, t], 1e-5)
     np.testing.assert_array_equal(cache.length, [T, T])
+
+
+@KINDS
+def test_on_a_mesh(kind):
+    """A Linen model whose sequences lie on four devices, heads on two: values and gradients."""
+    layout = Layout("zigzag", 4)
+    options = {"layout": layout, "strategy": "ring"}
+    if kind == "lightning":
+        options |= {"log_decay": -jnp.array([0.1, 0.4])}
+    module, alone = (
+        nnx.bridge.to_linen(
+            LightningAttention if kind == "lightning" else RingAttention, M, 2, 8, **o
+        )
+        for o in (options, {k: v for k, v in options.items() if k == "log_decay"})
+    )
+    positions = jnp.arange(T)[None]
+    variables = alone.init(jax.random.key(1), X)
+
+    def gradient(module, x, positions):
+        def total(variables):
+            return jnp.sum(jnp.sin(module.apply(variables, x, positions=positions)[0]))
+
+        return jax.jit(jax.value_and_grad(total, allow_int=True))(variables)
+
+    want = gradient(alone, X, positions)
+    with jax.set_mesh(make_mesh(seq=4, tensor=2)):
+        got = gradient(module, layout.apply(X), layout.apply(positions))
+    assert_close(got, want, 1e-5)
 
 
 @KINDS

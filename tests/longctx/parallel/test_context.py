@@ -289,5 +289,26 @@ def test_errors_come_before_any_collective():
                     functools.partial(context_attention, **options),
                     *(x[:, :cut] for x in (q, k, v)),
                 )
-        with pytest.raises(ValueError, match=re.escape("[B, T, H, D]")):
-            context_attention(q, k[:, :16], v)
+        for message, call in {
+            "[B, T, H, D]": lambda: context_attention(q, k[:, :16], v),
+            "equally wide": lambda: context_attention(q, k[..., :4], v),
+            "doc_start must be": lambda: context_attention(q, k, v, doc_start=start[:, :16]),
+            "window=0": lambda: context_attention(q, k, v, window=0),
+        }.items():
+            with pytest.raises(ValueError, match=re.escape(message)):
+                call()
+
+
+def test_errors_inside_a_users_shard_map_come_before_any_collective():
+    (q, k, v), _ = operands(length=28)
+    rows = P(None, "time")
+
+    def attend(**options):
+        local = functools.partial(context_attention, strategy="ring", **options)
+        return jax.shard_map(local, in_specs=(rows,) * 3, out_specs=rows)(q, k, v)
+
+    with jax.set_mesh(jax.make_mesh((4,), ("time",), (AxisType.Auto,))):
+        with pytest.raises(ValueError, match="axis='seq' is not an axis"):
+            attend()
+        with pytest.raises(ValueError, match="length=28 must be a multiple of 8"):
+            attend(axis="time", layout="zigzag")

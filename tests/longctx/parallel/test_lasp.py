@@ -154,3 +154,5 @@ def test_one_device_and_errors():
             context_lightning(q[:, :, :3], k[:, :, :3], v[:, :, :3], rate[:3])
         with pytest.raises(ValueError, match=re.escape("[B, T, H, D]")):
             context_lightning(q, k[:, :16], v, rate)
+        with pytest.raises(ValueError, match="doc_start must be"):
+            context_lightning(q, k, v, rate, doc_start=jnp.zeros((1, 16), jnp.int32))
