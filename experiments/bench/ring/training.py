@@ -14,7 +14,8 @@ import jax
 from experiments.transnormer.base import PAPER, SMOKE
 from experiments.transnormer.training_speed import time_steps
 from longctx.data.config import DataConfig
-from longctx.models import ParallelConfig, transformer
+from longctx.errors import UserError
+from longctx.models import ModelConfig, ParallelConfig, transformer
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.plan import bytes_per_device, compile_step
 from longctx.train.config import RunConfig
@@ -29,12 +30,12 @@ SMOKE_GRAIN = 64
 def models(smoke: bool) -> dict[str, RunConfig]:
     """The runs by name; their length and mesh are set by `over`."""
     base, grain = (SMOKE, SMOKE_GRAIN) if smoke else (PAPER, GRAIN)
-    mlp = dataclasses.replace(base.model.mlp, chunk=grain)
-    tnl = dataclasses.replace(base.model, remat="block", mlp=mlp)
-    return {
-        name: dataclasses.replace(base, model=model)
-        for name, model in (("TNL", tnl), ("Transformer", transformer(tnl)))
-    }
+
+    def saving(model: ModelConfig) -> RunConfig:
+        mlp = dataclasses.replace(model.mlp, chunk=grain)
+        return dataclasses.replace(base, model=dataclasses.replace(model, remat="block", mlp=mlp))
+
+    return {"TNL": saving(base.model), "Transformer": saving(transformer(base.model))}
 
 
 def over(run: RunConfig, devices: int, local: int) -> RunConfig:
@@ -100,12 +101,17 @@ def longest(
     """The most tokens per device for which a step's memory, by the compiler, stays in `limit`.
 
     Memory is taken to be linear in the length, from programs of two lengths, `probes` grains.
+
+    Raises:
+      UserError: not even the shortest length fits.
     """
     mesh, grain = make_mesh(seq=devices, devices=kind), run.model.mlp.chunk
     lengths = [grain * probe for probe in probes]
     needed = [bytes_per_device(compile_step(over(run, devices, n), mesh))["all"] for n in lengths]
     per_token = (needed[1] - needed[0]) / (lengths[1] - lengths[0])
     local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // grain * grain
+    if local < grain:
+        raise UserError(f"{needed[0]:,} bytes of {lengths[0]} tokens do not fit into {limit:,.0f}")
     return {
         "group": "longest",
         "devices": devices,

@@ -1,5 +1,7 @@
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,11 @@ def test_ulysses_replicates_key_heads(kv_heads):
     ],
 )
 def test_bfloat16_error_is_that_of_one_device(strategy, devices):
+    check_error(strategy, devices)
+
+
+def check_error(strategy, devices):
+    """Against float64, the error on many devices is at most 1.1 times that on one."""
     args, cotangents = operands(length=64, dtype=jnp.bfloat16)
     want = exact(args, cotangents)
     one = errors(single(args, cotangents), want)
@@ -166,6 +173,14 @@ def test_bfloat16_error_is_that_of_one_device(strategy, devices):
         ("o", "lse", "dq", "dk", "dv"), errors(got, want), one, strict=True
     ):
         assert many <= 1.1 * single_device + 1e-6, name
+
+
+@pytest.mark.slow
+def test_sixteen_devices():
+    """In a process of its own, since all tests of this one have eight."""
+    program = [sys.executable, "-m", "tests.longctx.parallel.sixteen"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 @st.composite

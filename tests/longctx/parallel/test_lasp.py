@@ -89,6 +89,11 @@ def test_any_documents(devices, kind, strategy, cuts, seed):
 
 @pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_bfloat16_error_is_that_of_one_device(devices):
+    check_error(devices)
+
+
+def check_error(devices):
+    """Against float64, the error on many devices is at most 1.1 times that on one."""
     args, do = operands(length=64, dtype=jnp.bfloat16)
     want = exact(args, do)
     one = errors(value_and_gradients(lightning_attention, args, do), want)

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from longctx.cli import parse
+from longctx.commands import TrainOptions
 from longctx.data.config import DataConfig
 from longctx.models import MODELS, LightningConfig, MlpConfig, SoftmaxConfig
 from longctx.models.config import ParallelConfig
@@ -43,6 +45,17 @@ def test_losses_equal_those_of_one_device(strategy, tmp_path):
     one, several = losses(HYBRID, tmp_path / "one"), losses(sharded, tmp_path / "several")
     assert len(one) == 3
     np.testing.assert_allclose(several, one, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixers", [("lightning",), ("softmax",), ("lightning", "softmax")])
+def test_two_options_split_the_sequences_of_any_model(mixers, tmp_path):
+    run = dataclasses.replace(HYBRID, model=dataclasses.replace(HYBRID.model, mixers=mixers))
+    given = ["--mesh.seq", "4", "--parallel.strategy", "ring"]
+    split = parse(TrainOptions, "train", given, default=TrainOptions(run, tmp_path)).run
+    assert split.mesh.seq == 4 and split.parallel.strategy == "ring"
+    one, four = losses(run, tmp_path / "one"), losses(split, tmp_path / "four")
+    np.testing.assert_allclose(four, one, rtol=1e-5)
 
 
 def test_a_sequence_that_does_not_divide_is_refused():
