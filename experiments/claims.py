@@ -141,8 +141,34 @@ PAPERS: dict[str, list[Section]] = {
             "Ring attention",
             "Two GPUs take half of one GPU's time.",
             lines.ring,
-            "ring --check",
+            "ring",
             needs="two H100",
+        ),
+        *(
+            bench(
+                f"ring_schedule_{chip}",
+                f"Compiled ahead of time for {name}",
+                "A ring's moves all hide behind kernels, and its memory does not grow with the "
+                "devices. Analysis of schedules, not a measurement: nothing was run.",
+                lines.schedule,
+                f"ring.schedule {chip}",
+                needs=needs,
+            )
+            for chip, name, needs in (
+                ("h100", "H100", "jax's CUDA plugin, ptxas"),
+                ("v5e", "TPU v5e", "libtpu"),
+                ("v5p", "TPU v5p", "libtpu"),
+                ("v6e", "TPU v6e", "libtpu"),
+            )
+        ),
+        bench(
+            "ring_scaling",
+            "Extrapolated to 8, 64 and 512 devices",
+            "Predictions of the cost model, whose assumptions stand in docs/guides/scaling.md; "
+            "not a measurement.",
+            lines.extrapolated,
+            "ring.scaling",
+            needs="nothing",
         ),
     ],
     "The kernel under the last three": [

@@ -121,14 +121,68 @@ def by_operator(rival: str, *names: str) -> Reader:
 
 
 def ring(rows: Sequence[Row]) -> Iterator[Line]:
-    """Strategies over devices against an equal share of one device's time."""
+    """Strategies over devices against an equal share of one device; training beside one device."""
+    exact = {_shape(r): r["errors"] for r in rows if r.get("name") == "ours" and "errors" in r}
     for r in rows:
         if "of_ideal" in r:
-            what = f"{r['name']}, {r['which'].replace('_', ' + ')}, {r['length']} tokens"
-            heads = f"heads {r['heads']}:{r['kv_heads']}"
             beside = f"1/{r['devices']} of one device"
             ideal = {"ms": r["ideal_ms"]}
-            yield _ms(f"{what}, {heads}", ideal, r, "ms", beside, r["name"] == "ring")
+            yield _ms(_sharded(r), ideal, r, "ms", beside, r["name"] == "ring")
+        if "errors" in r and r["devices"] > 1:
+            ours, one = (max(e.values()) for e in (r["errors"], exact[_shape(r)]))
+            what = f"{_sharded(r)}: error against float64"
+            yield Line(what, "one device", f"{one:.2e}", f"{ours:.2e}", ours / one)
+        if "overlap" in r:
+            shown = ("all of it", f"{r['overlap']:.1%}")
+            yield Line(f"{_sharded(r)}: hidden communication", "", *shown, r["overlap"])
+        if r["group"] == "training" and r.get("of_first", 1) != 1:
+            ours = r["tokens_per_second_per_device"]
+            what = f"training {r['model']}, {r['devices']} devices, {r['per_device']} tokens each"
+            yield _speed(f"{what}: per device", "one device", ours / r["of_first"], ours, True)
+        if r["group"] == "longest" and r.get("of_first", 1) != 1:
+            first = r["length"] / r["of_first"] / r["devices"]
+            what = f"longest sequence that trains, {r['model']}, {r['devices']} devices"
+            shown = (f"{first:,.0f} tokens", f"{r['length']:,} tokens")
+            yield Line(what, "one device", *shown, r["length"] / first, True)
+
+
+def _shape(r: Row) -> tuple[Any, ...]:
+    return r["length"], r["heads"], r["kv_heads"], r["which"]
+
+
+def _sharded(r: Row) -> str:
+    """A program over devices, in words."""
+    each = f"{r['devices']} x {r['length'] // r['devices']} tokens"
+    which = r["which"].replace("_", " + ")
+    return f"{r['name']}, {which}, {each}, heads {r['heads']}:{r['kv_heads']}"
+
+
+def schedule(rows: Sequence[Row]) -> Iterator[Line]:
+    """Of programs that were only compiled: what they move, what of it is exposed, and memory."""
+    fewest = min(r["devices"] for r in rows)
+    same = {(r["name"], _shape(r)[1:]): r for r in rows if r["devices"] == fewest}
+    for r in rows:
+        kinds = r["moves"].values()
+        moved, exposed = (sum(kind[x] for kind in kinds) for x in ("bytes", "exposed_bytes"))
+        what, shown = _sharded(r), (f"{moved / 1e6:,.0f} MB", f"{exposed / 1e6:,.0f} MB")
+        yield Line(f"{what}: moves that nothing hides", "all moves", *shown, exposed / moved)
+        first = same.get((r["name"], _shape(r)[1:]))
+        if first is not None and first is not r:
+            sizes = [x["temporary_bytes"] for x in (first, r)]
+            shown = [f"{size / 1e6:,.0f} MB" for size in sizes]
+            beside = f"{fewest} devices, as long each"
+            yield Line(f"{what}: temporary memory", beside, *shown, sizes[1] / sizes[0])
+
+
+def extrapolated(rows: Sequence[Row]) -> Iterator[Line]:
+    """Predictions of the cost model at 32768 tokens a device, and beside what was measured."""
+    for r in rows:
+        if r["kind"] == "beside measured":
+            measured = {"ms": r["measured_ms"]}
+            yield _ms(f"{_sharded(r)}, predicted", measured, r, "ms", "measured")
+        elif r["per_device"] == 32768 and r["kv_heads"] == 8 and r["name"] in ("ring", "usp"):
+            ideal, what = {"ms": r["ideal_ms"]}, f"{r['chip']}: {_sharded(r)}"
+            yield _ms(what, ideal, r, "ms", f"1/{r['devices']} of one device, predicted too")
 
 
 def training_speed(rows: Sequence[Row]) -> Iterator[Line]:

@@ -31,11 +31,34 @@ def test_measured_sections_have_lines(section):
 
 def test_ring_rows_are_compared_with_a_share_of_one_device():
     row = {"name": "ring", "which": "forward_backward", "length": 32768, "heads": 64}
-    row |= {"kv_heads": 8, "devices": 2, "ms": 4.0, "ideal_ms": 3.0, "of_ideal": 0.75}
-    (line,) = lines.ring([{"name": "one device: ours", "ms": 6.0}, row])
-    assert line.what == "ring, forward + backward, 32768 tokens, heads 64:8"
+    row |= {"kv_heads": 8, "devices": 2, "group": "attention"}
+    one = row | {"name": "ours", "devices": 1, "ms": 6.0, "errors": {"o": 1e-3, "dq": 2e-3}}
+    two = row | {"ms": 4.0, "ideal_ms": 3.0, "of_ideal": 0.75, "errors": {"o": 3e-3, "dq": 1e-3}}
+    line, error = lines.ring([one, two])
+    assert line.what == "ring, forward + backward, 2 x 16384 tokens, heads 64:8"
     assert (line.beside, line.theirs, line.ours) == ("1/2 of one device", "3.000 ms", "4.000 ms")
     assert line.ratio == pytest.approx(4 / 3)
+    assert error.ratio == pytest.approx(1.5)
+
+
+def test_training_over_devices_is_compared_with_one_device():
+    row = {"model": "TNL", "devices": 2, "per_device": 8, "group": "training", "of_first": 0.9}
+    (speed,) = lines.ring([row | {"tokens_per_second_per_device": 90.0}])
+    assert (speed.theirs, speed.ours) == ("100 tokens/s", "90 tokens/s")
+    (longest,) = lines.ring([row | {"group": "longest", "length": 180}])
+    assert (longest.theirs, longest.ours, longest.ratio) == ("100 tokens", "180 tokens", 1.8)
+
+
+def test_schedules_show_what_is_exposed_and_how_memory_grows():
+    def row(devices, exposed, memory):
+        moves = {"collective-permute": {"bytes": 4e6, "exposed_bytes": exposed}}
+        row = {"name": "ring", "which": "forward", "heads": 2, "kv_heads": 2, "moves": moves}
+        return row | {"devices": devices, "length": 8 * devices, "temporary_bytes": memory}
+
+    hidden, exposed, memory = lines.schedule([row(4, 0, 1e6), row(16, 1e6, 2e6)])
+    assert (hidden.ours, hidden.ratio) == ("0 MB", 0)
+    assert (exposed.theirs, exposed.ours, exposed.ratio) == ("4 MB", "1 MB", 0.25)
+    assert (memory.theirs, memory.ours, memory.ratio) == ("1 MB", "2 MB", 2)
 
 
 def test_ablations_give_differences_without_a_ratio():

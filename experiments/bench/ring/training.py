@@ -58,25 +58,21 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             with jax.set_mesh(mesh):
                 rows = time_steps(name, configs, mesh)
             for local, row in zip(options.per_device, rows, strict=True):
-                speed = row["tokens_per_second"] / devices
-                first = alone.setdefault((name, local), speed)
-                yield {
-                    "group": "training",
-                    **row,
-                    "devices": devices,
-                    "per_device": local,
-                    "tokens_per_second_per_device": speed,
-                    "of_first": speed / first,
-                }
+                row = {"group": "training", **row, "devices": devices, "per_device": local}
+                if "failed" not in row:
+                    speed = row["tokens_per_second"] / devices
+                    first = alone.setdefault((name, local), speed)
+                    row |= {"tokens_per_second_per_device": speed, "of_first": speed / first}
+                yield row
 
 
 def shown(row: dict[str, Any]) -> str:
     """A row as a line of the printed table."""
-    return (
-        f"{row['devices']} x {row['per_device']:6}      training {row['model']:12} "
-        f"{row['tokens_per_second_per_device']:12,.0f} tokens/s of a device, "
-        f"{row['of_first']:.1%} of the first"
-    )
+    what = f"{row['devices']} x {row['per_device']:6}      training {row['model']:12}"
+    if "failed" in row:
+        return f"{what} {row['failed']}"
+    speed = f"{row['tokens_per_second_per_device']:12,.0f} tokens/s of a device"
+    return f"{what} {speed}, {row['of_first']:.1%} of the first"
 
 
 def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -87,7 +83,7 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, run in models(options.smoke).items():
             row = longest(run, devices, jax.devices(), limit)
             local, grain = row["per_device"], run.model.mlp.chunk
-            while not _runs(over(run, devices, local)):
+            while not _runs(name, over(run, devices, local)):
                 local -= max(grain, local // 64 // grain * grain)
             length = local * devices
             first = alone.setdefault(name, length / devices)
@@ -124,17 +120,15 @@ def longest(
     }
 
 
-def _runs(config: RunConfig) -> bool:
-    """Whether a training step fits into the devices that are there."""
+def _runs(name: str, config: RunConfig) -> bool:
+    """Whether training steps fit into the devices that are there."""
     mesh = make_mesh(config.mesh)
-    try:
-        with jax.set_mesh(mesh):
-            time_steps("", [config], mesh)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return False
-    return True
+    with jax.set_mesh(mesh):
+        (row,) = time_steps(name, [config], mesh)
+    failure = row.get("failed")
+    if failure is not None and "RESOURCE_EXHAUSTED" not in failure:
+        raise RuntimeError(failure)
+    return failure is None
 
 
 def shown_longest(row: dict[str, Any]) -> str:
