@@ -168,10 +168,10 @@ def schedule(rows: Sequence[Row]) -> Iterator[Line]:
         yield Line(f"{what}: moves that nothing hides", "all moves", *shown, exposed / moved)
         first = same.get((r["name"], _shape(r)[1:]))
         if first is not None and first is not r:
-            sizes = [x["temporary_bytes"] for x in (first, r)]
-            shown = [f"{size / 1e6:,.0f} MB" for size in sizes]
+            before, after = (x["temporary_bytes"] for x in (first, r))
+            shown = (f"{before / 1e6:,.0f} MB", f"{after / 1e6:,.0f} MB")
             beside = f"{fewest} devices, as long each"
-            yield Line(f"{what}: temporary memory", beside, *shown, sizes[1] / sizes[0])
+            yield Line(f"{what}: temporary memory", beside, *shown, after / before)
 
 
 def extrapolated(rows: Sequence[Row]) -> Iterator[Line]:

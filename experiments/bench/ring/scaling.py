@@ -116,7 +116,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("tokens per device")
     lines, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside right", title="heads")
+    figure.legend(lines, names, loc="outside right center", title="heads")
     figure.suptitle("predicted, not measured: forward + backward of causal attention")
     figure.savefig(path, dpi=150)
 
