@@ -86,8 +86,12 @@ class _Call:
         return unify_varying(given.astype(self.wide), self.axes)
 
     def empty(self, like):
-        """The buffer into which the chunks of a result are put."""
-        return unify_varying(jnp.empty(like.shape, like.dtype), self.axes)
+        """The buffer into which the chunks of a result are put, filled with any value of `like`.
+
+        XLA has no uninitialised arrays on a CPU. One constant would be kept as an array of that
+        size, and copied for each result that the program has.
+        """
+        return unify_varying(jnp.broadcast_to(like[:1, :1, :1, :1], like.shape), self.axes)
 
     def sweep(self, step: Callable, carry, *, reverse: bool = False):
         """Run `step(decays, position, carry) -> carry` over the chunks, the last one shorter."""
@@ -195,7 +199,7 @@ def bwd(
         return dS, _put(dk, dk_rows, position), _put(dv, dv_rows, position)
 
     _, dq = call.sweep(forwards, (call.state(state), call.empty(q)))
-    carry = (call.state(dstate), call.empty(k), call.empty(v))
+    carry = (call.state(dstate), call.empty(k), call.empty(do))
     dS, dk, dv = call.sweep(backwards, carry, reverse=True)
     return dq, dk, dv, dS
 

@@ -170,13 +170,18 @@ def test_one_set_of_decays_may_be_mapped():
     assert_close(jax.tree.map(lambda x: x[1], outs), attend("auto")(q, k, v, decays[1]), 1e-6)
 
 
-def test_memory_is_linear_in_the_length():
-    def temporary_bytes(length):
-        args = jax.eval_shape(Case(length).draw)
-        gradient = jax.grad(lambda *a: attend("xla")(*a)[0].sum(), argnums=(0, 1, 2))
-        return jax.jit(gradient).lower(*args).compile().memory_analysis().temp_size_in_bytes
+def test_temporary_memory_does_not_grow_with_the_length():
+    @jax.jit
+    def both(q, k, v, log_decay, do):
+        o, pullback = jax.vjp(lambda *qkv: attend("xla")(*qkv, log_decay)[0], q, k, v)
+        return o, pullback(do)
 
-    assert temporary_bytes(4096) < 4.2 * temporary_bytes(1024)
+    def temporary_bytes(length):
+        q, k, v, log_decay, _ = jax.eval_shape(Case(length).draw)
+        compiled = both.lower(q, k, v, log_decay, do=v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 1.1 * temporary_bytes(1024)
 
 
 def bad_calls():
