@@ -55,7 +55,7 @@ def parse[Options](
 ) -> Options:
     """The arguments of a command as an instance of the dataclass `form`, through tyro.
 
-    tyro reports a mistake in a box of several lines; here its first paragraph becomes one line.
+    tyro reports a mistake in a box of several parts; here its first one becomes one line.
     """
     import tyro
 
@@ -66,13 +66,18 @@ def parse[Options](
     except SystemExit as end:
         if not end.code:
             raise
-        fail(f"{_first_paragraph(said.getvalue(), form.__name__)} (see {PROGRAM} {command} --help)")
+        fail(f"{_first_part(said.getvalue(), form.__name__)} (see {PROGRAM} {command} --help)")
     except ValueError as error:  # a rule of the outermost dataclass, which tyro lets through
         fail(str(error))
 
 
-def _first_paragraph(box: str, form: str) -> str:
-    lines = [line.strip("│ ") for line in box.splitlines()]
-    inside = [line for line in lines if line and line[0] != "╭"]
-    end = next((i for i, line in enumerate(inside) if line[0] in "─╰"), len(inside))
-    return " ".join(inside[:end]).removeprefix(f"Error parsing {form}: ")
+def _first_part(box: str, form: str) -> str:
+    """What stands between the first two rules of a box, drawn in Unicode or in ASCII."""
+    parts: list[list[str]] = [[]]
+    for line in (line.strip("│ ") for line in box.splitlines()):
+        if line.startswith(("╭", "─", "╰")) or set(line) == {"-"}:
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    first = next((part for part in parts[1:] if part), parts[0])
+    return " ".join(first).removeprefix(f"Error parsing {form}: ")

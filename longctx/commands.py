@@ -11,6 +11,7 @@ import tyro
 from longctx.cli import parse
 from longctx.configs import RUNS
 from longctx.errors import UserError
+from longctx.generate import Sampling
 from longctx.train.config import RunConfig
 
 TRAIN_HELP = f"""usage: longctx train NAME [--out DIR] [overrides]
@@ -109,13 +110,13 @@ def find_run(name: str) -> RunConfig:
         return RUNS[name]
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
-        raise UserError(f"{path} is not a Python file")
+        raise UserError(f"{path!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     runs = getattr(module, "RUNS", {})
     found = runs[entry] if entry in runs else getattr(module, entry, None)
     if not isinstance(found, RunConfig):
-        raise UserError(f"{path} has no RunConfig {entry!r}; its RUNS are {', '.join(runs)}")
+        raise UserError(f"{path!r} has no RunConfig {entry!r}; its RUNS are {', '.join(runs)}")
     return found
 
 
@@ -140,6 +141,8 @@ class EvalOptions:
         for length in self.parsed:
             if not self.tasks and max(self.parsed) % length:
                 raise ValueError(f"lengths={self.lengths}: {length} does not divide the largest")
+        if self.episodes < 1 or self.tokens < 1:
+            raise ValueError(f"episodes={self.episodes} and tokens={self.tokens} must be positive")
 
     @property
     def parsed(self) -> list[int]:
@@ -184,6 +187,7 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if not self.prompt or self.max_new_tokens < 1:
             raise ValueError("give at least one --prompt, and --max-new-tokens of at least 1")
+        Sampling(self.temperature, self.top_p)  # has rules of its own
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -195,7 +199,6 @@ def generate(arguments: Sequence[str]) -> None:
     import numpy as np
 
     from longctx.data.tokenizer import load_tokenizer
-    from longctx.generate import Sampling
     from longctx.generate import generate as run
     from longctx.train.restore import load_run
 
@@ -203,6 +206,9 @@ def generate(arguments: Sequence[str]) -> None:
     tokenizer = load_tokenizer(loaded.config.data.tokenizer)
     prompts = [[tokenizer.boundary, *tokenizer.encode(text.encode())] for text in options.prompt]
     lengths = np.array([len(tokens) for tokens in prompts])
+    rows, longest = loaded.config.model.learned_positions, lengths.max() + options.max_new_tokens
+    if rows and longest > rows:
+        raise UserError(f"{longest} tokens with the prompt; the model has {rows} learned positions")
     padded = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, tokens in zip(padded, prompts, strict=True):
         row[: len(tokens)] = tokens

@@ -3,7 +3,9 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,10 @@ VERSIONS_OF = (
     "fla-core",
     "nvidia-cudnn-cu13",
 )
+
+# Variables that decide what a command does or how long it takes, and so belong to it: recorded
+# here, never obeyed.
+SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES")
 
 
 def device_info() -> dict[str, Any]:
@@ -51,10 +57,13 @@ def device_info() -> dict[str, Any]:
 
 def origin() -> dict[str, Any]:
     """Command, commit (None outside a checkout), date and `device_info()` of this process."""
+    settings = [
+        f"{name}={shlex.quote(os.environ[name])}" for name in SETTINGS if name in os.environ
+    ]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     return {
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": " ".join([*settings, program, *sys.argv[1:]]),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **device_info(),

@@ -1,11 +1,18 @@
-"""Lightning attention against its peers and against the byte floor of the device.
+r"""Lightning attention against its peers and against the byte floor of the device.
 
     python -m experiments.bench.lightning [--groups shapes lengths heads ...] [--out results/...]
 
 Groups: `shapes`, the four that targets are set for, and `heads`: together the same number of
 tokens per call with 256 to 16 heads in all; `lengths`, one row of 16 heads from 16K to 1M tokens;
-`full`, a chip full of heads (128 in all) from 4K to 128K; `worst`, few heads and no decay. Off a
-GPU there is only `lengths`, smaller. Decays are ALiBi's slopes.
+`full`, a chip full of heads (128 in all) from 4K to 128K; `worst`, few heads and no decay. Decays
+are ALiBi's slopes.
+
+Off a GPU there is only `lengths`, smaller. There glibc returns results above 32 MB to the operating
+system, which clears the next ones page by page: a fifth of a forward pass. To time the operator
+and not that, let glibc keep its memory:
+
+    GLIBC_TUNABLES=glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:\
+glibc.malloc.trim_threshold=17179869184 python -m experiments.bench.lightning
 
 Peers, where installed: flash-linear-attention's chunk_simple_gla and its fused variants. One that
 is absent is named in the output. `scan` is the textbook's chunked loop in plain JAX, `xla` our own.

@@ -23,9 +23,9 @@ class DataConfig:
     text_field: str = "text"
     # "bytes" (256 values and one document boundary), or the path of a tokenizer.json.
     tokenizer: str = "bytes"
-    # Tokens per training sequence.
+    # Tokens per training sequence (the 1024 is author code's).
     sequence_length: int = 1024
-    # Sequences per optimizer step, over all processes and accumulation steps.
+    # Sequences per optimizer step, over all processes and accumulation steps (the 32 is ours).
     batch_size: int = 32
     # Seed of the order of the sequences, which is new in each epoch.
     seed: int = 0

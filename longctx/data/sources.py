@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from typing import IO, Literal, cast
 
@@ -76,11 +77,13 @@ def _read_file(name: str, path: pathlib.Path, text_field: str) -> Iterator[Docum
             read = _read_parquet
         case _:
             read = _read_text
-    with gzip.open(path) if packed else path.open("rb") as file:
-        try:
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
             yield from read(name, cast(IO[bytes], file), text_field)
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise DataError(f"{path} is not a complete gzip file: {error}") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a complete gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _read_text(name: str, file: IO[bytes], text_field: str) -> Iterator[Document]:
@@ -93,12 +96,12 @@ def _read_jsonl(name: str, file: IO[bytes], text_field: str) -> Iterator[Documen
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also bytes that are not UTF-8
             raise DataError(f"{name}, line {number}: not JSON: {error}") from error
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise DataError(f"{name}, line {number}: no string in field {text_field!r}")
-        yield f"{name}:{number}", text.encode()
+        yield f"{name}:{number}", text.encode(errors="replace")  # JSON may escape half a character
 
 
 def _read_parquet(name: str, file: IO[bytes], text_field: str) -> Iterator[Document]:

@@ -62,7 +62,7 @@ def evaluate(
 def _show(scores: Sequence[Score]) -> None:
     """A table: a row per length, a column per bucket of context."""
     longest = max(scores, key=lambda score: score.length)
-    table = Table(title="held-out bits per byte; columns on the right by tokens of context")
+    table = Table()
     for name in ("length", "tokens", "all", *(f"{b.first}+" for b in longest.buckets)):
         table.add_column(name, justify="right")
     for score in scores:
@@ -72,7 +72,9 @@ def _show(scores: Sequence[Score]) -> None:
         table.add_row(
             str(score.length), str(score.tokens), f"{score.bits_per_byte:.3f}", *by_context
         )
-    Console().print(table)
+    console = Console()
+    console.print("held-out bits per byte; columns on the right by tokens of context")
+    console.print(table)
 
 
 def plot_scores(run: pathlib.Path) -> pathlib.Path:

@@ -17,11 +17,18 @@ from longctx.parallel.layout import Kind
 MIXERS = ("lightning", "softmax", "window", "tied", "hash", "drop", "tensorized")
 POSITIONS = ("mix", "lrpe_d", "exp_decay", "lrpe", "absolute")
 SLOPES = ("alibi", "printed")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def _choice(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
+
+
+def _positive(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,7 @@ class LightningConfig:
     norm_eps: float = 1e-6  # of that norm (author code, also MiniMax-01's)
 
     def __post_init__(self) -> None:
+        _positive(self, "num_heads", "head_dim")
         _choice("position", self.position, POSITIONS)
         _choice("slopes", self.slopes, SLOPES)
 
@@ -62,6 +70,9 @@ class SoftmaxConfig:
     rope_scaling: RopeScaling = NO_SCALING  # stretches wavelengths beyond the trained length
     qk_norm: bool = False  # RMSNorm of each head's q and k
     window: int = 1024  # tokens seen in "window" layers; "softmax" layers see all
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_heads", "num_kv_heads", "head_dim", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +106,7 @@ class MlpConfig:
     chunk: int = 0
 
     def __post_init__(self) -> None:
+        _positive(self, "width")
         _choice("mlp kind", self.kind, ("glu", "mlp"))
         if self.chunk < 0:
             raise ValueError(f"mlp chunk={self.chunk} must not be negative")
@@ -147,9 +159,9 @@ class ModelConfig:
     unroll: bool = False  # compile each layer on its own: slower to compile, may be faster to run
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        _positive(self, "vocab_size", "width", "num_layers")
+        for name in ("dtype", "param_dtype"):
+            _choice(name, getattr(self, name), DTYPES)
         if not self.mixers:
             raise ValueError("mixers=() must name at least one mixer")
         for mixer in self.mixers:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from longctx.data.config import DataConfig
 from longctx.errors import UserError
@@ -25,30 +26,39 @@ type Tracker = Literal["tensorboard", "wandb"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, cosine decay and clipping by the global norm."""
+    """AdamW with linear warm-up, cosine decay and clipping by the global norm.
 
-    # Peak learning rate.
+    TransNormerLLM's papers print none of these numbers. They are those of the first author's code
+    for a small TransNormerLLM ("author code") where it has them, and ours elsewhere.
+    """
+
+    # Peak learning rate (author code).
     learning_rate: float = 6e-4
-    # Learning rate of the last step, as a fraction of the peak.
+    # Learning rate of the last step, as a fraction of the peak (author code).
     final_fraction: float = 0.1
-    # Steps of linear warm-up from zero.
+    # Steps of linear warm-up from zero (ours: author code has 2000 of 600,000).
     warmup_steps: int = 100
-    # Decay of the mean of the gradients.
+    # Decay of the mean of the gradients (author code).
     beta1: float = 0.9
-    # Decay of the mean of their squares.
+    # Decay of the mean of their squares (author code).
     beta2: float = 0.95
-    # Added to the root of the squares' mean.
+    # Added to the root of the squares' mean (AdamW's default).
     epsilon: float = 1e-8
-    # Decoupled weight decay, of matrices only.
+    # Decoupled weight decay (author code), of matrices only (ours).
     weight_decay: float = 0.1
-    # Largest global norm of the gradient.
+    # Largest global norm of the gradient (author code).
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
-            raise ValueError("optim.learning_rate and optim.clip_norm must be positive")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps={self.warmup_steps} must not be negative")
+        for name in ("learning_rate", "clip_norm", "epsilon"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
+        for name in ("warmup_steps", "weight_decay", "final_fraction"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,25 +163,44 @@ class RunConfig:
         return self.data.batch_size * self.data.sequence_length
 
 
-def claim_directory(config: RunConfig, out: pathlib.Path) -> None:
-    """Make `out` the directory of this run and write its config.json.
+def check_directory(config: RunConfig, out: pathlib.Path) -> None:
+    """Make sure that `out` can be the directory of this run; nothing is written.
 
     The schedule of a run may be changed when it is resumed, what it is made of may not.
 
     Raises:
-      RunError: `out` holds a run with another model, data or optimizer.
+      RunError: `out` is a file, or holds a run with another model, data or optimizer.
     """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file: choose another --out")
+    if not (out / CONFIG_FILE).exists():
+        return
+    started = read_config(out)
+    for part in ("model", "data", "optim"):
+        changed = list(_changes(getattr(started, part), getattr(config, part), part))
+        if changed:
+            raise RunError(
+                f"{out} was started with other values ({', '.join(changed)}): "
+                "take them back or choose another --out"
+            )
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+    """The fields in which two dataclasses differ, down to the last one."""
+    if old == new:
+        return
+    if not dataclasses.is_dataclass(old) or type(old) is not type(new):
+        yield f"{name} {old} -> {new}"
+        return
+    for field in dataclasses.fields(old):
+        yield from _changes(
+            getattr(old, field.name), getattr(new, field.name), f"{name}.{field.name}"
+        )
+
+
+def write_config(config: RunConfig, out: pathlib.Path) -> None:
+    """Write config.json, which makes `out` the directory of this run."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / CONFIG_FILE).exists():
-        started = read_config(out)
-        for part in ("model", "data", "optim"):
-            old, new = vars(getattr(started, part)), vars(getattr(config, part))
-            changed = [f"{part}.{n} {old[n]} -> {new[n]}" for n in new if old[n] != new[n]]
-            if changed:
-                raise RunError(
-                    f"{out} was started with other values ({', '.join(changed)}): "
-                    "take them back or choose another --out"
-                )
     (out / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
 
 

@@ -11,7 +11,7 @@ from longctx.hf import is_hf_folder, load_hf, read_hf_config, save_hf
 from longctx.models.layers import by_layer, put_layers
 from longctx.parallel.mesh import make_mesh
 from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
-from longctx.train.config import RunConfig, RunError, claim_directory, read_config
+from longctx.train.config import RunConfig, RunError, check_directory, read_config, write_config
 from longctx.train.restore import load_run
 from longctx.train.step import TrainState, create_state
 
@@ -38,9 +38,10 @@ def run_from_hf(folder: pathlib.Path, out: pathlib.Path) -> None:
       RunError: `out` holds another run.
     """
     config, mesh = source_config(folder), make_mesh()
+    check_directory(config, out)
     with jax.set_mesh(mesh):
         state, _ = begin_with(create_state(config, mesh), config, folder, mesh)
-    claim_directory(config, out)
+    write_config(config, out)
     checkpoints = Checkpoints(out / CHECKPOINTS, keep=1)
     checkpoints.save_model(0, state)
     checkpoints.close()

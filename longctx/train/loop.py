@@ -13,7 +13,7 @@ from longctx.data.pipeline import load_corpus, train_batches
 from longctx.eval.score import make_scorer
 from longctx.parallel.mesh import make_mesh
 from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
-from longctx.train.config import RunConfig, RunError, claim_directory
+from longctx.train.config import RunConfig, RunError, check_directory, write_config
 from longctx.train.initial import begin_with
 from longctx.train.meter import Meter
 from longctx.train.metrics import Record, Sink, forget_after, open_sinks
@@ -77,7 +77,7 @@ class _Run:
         )
         primary = jax.process_index() == 0  # the process that writes and speaks
         if primary:
-            claim_directory(config, out)
+            check_directory(config, out)
         self._checkpoints = Checkpoints(out / CHECKPOINTS, keep=config.train.checkpoints_kept)
         self.done, self.state = self._restore_or_create()
         self._sinks: list[Sink] = []
@@ -86,8 +86,12 @@ class _Run:
             self._sinks = open_sinks(out, config.train.trackers)
             self._sinks.append(ProgressView(config.train.steps, self.done))
             print(_describe(self.state, corpus, mesh))
+            write_config(config, out)  # late: a start that fails claims no directory
         self._meter = Meter(config, corpus.bytes_per_token, self._sinks, self._checkpoints)
-        self._profiler = Profiler(out, *config.train.profile_steps)
+        first, last = config.train.profile_steps
+        if 0 < last <= self.done:
+            print(f"train.profile={config.train.profile}: no trace, the run is past these steps")
+        self._profiler = Profiler(out, first, last)
 
     def _restore_or_create(self) -> tuple[int, TrainState]:
         target = abstract_state(self._config, self._mesh)
@@ -146,6 +150,7 @@ class _Run:
 
     def close(self) -> None:
         """Finish writing, and draw the loss curve."""
+        self._profiler.close()
         for sink in self._sinks:
             sink.close()
         self._checkpoints.close()

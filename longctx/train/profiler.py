@@ -14,13 +14,18 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Call before a step is dispatched."""
-        if step == self._first:
+        if self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
     def after(self, step: int, results: object) -> None:
         """Call with what the step returned."""
-        if step == self._last and self._running:
+        if step == self._last:
             jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Write what was traced, also if the run ends before the last step asked for."""
+        if self._running:
             jax.profiler.stop_trace()
             self._running = False

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from longctx import cli
 from longctx.cli import COMMANDS, main
 from longctx.commands import find_run
 from longctx.configs import RUNS
@@ -65,11 +66,14 @@ def test_train_evaluate_generate(run_file, tmp_path, capsys):
     [
         (["bake"], "unknown command 'bake'; there are train, eval, generate"),
         (["train", "nothing"], "unknown run 'nothing'; there are quickstart"),
-        (["train", "absent.py:A"], "absent.py is not a Python file"),
+        (["train", "absent.py:A"], "'absent.py' is not a Python file"),
         (["train", "quickstart", "--train.stepz", "4"], "Unrecognized options: --train.stepz"),
         (["train", "quickstart", "--train.steps", "x"], "--train.steps: invalid literal"),
         (["train", "quickstart", "--train.steps", "0"], "train.steps=0 must be at least 1"),
         (["train", "quickstart", "--model.remat", "some"], "--model.remat"),
+        (["train", "quickstart", "--model.dtype", "f31"], "dtype='f31' must be one of"),
+        (["train", "quickstart", "--model.lightning.head-dim", "0"], "head_dim=0 must be at least"),
+        (["train", "quickstart", "--out", __file__], "test_cli.py is a file"),
         (["train", "quickstart", "--mesh.data", "7"], "must divide by mesh.data"),
         (["eval"], "PATH"),
         (["eval", "absent"], "absent is not a run"),
@@ -77,16 +81,35 @@ def test_train_evaluate_generate(run_file, tmp_path, capsys):
         (["eval", "absent", "--lengths", "512,300"], "300 does not divide the largest"),
         (["generate", "absent", "--prompt", "a"], "absent is not a run"),
         (["generate", "absent"], "--prompt"),
+        (["generate", "absent", "--prompt", "a", "--top-p", "0"], "top_p=0.0 must be above 0"),
     ],
 )
 def test_mistakes_are_one_line_and_code_two(capsys, arguments, message):
     assert message in refusal(capsys, *arguments)
 
 
+BOXES = [
+    "╭─ Parsing error ─╮\n│ Error parsing A: wrong, │\n│ 3     │\n│ ───── │\n│ help │\n╰─────╯\n",
+    " Value error \n ------ \n  Error parsing A: wrong,  \n  3\n  ----- \n  help \n\n",
+]
+
+
+@pytest.mark.parametrize("box", BOXES, ids=["Unicode", "ASCII"])
+def test_the_first_part_of_a_box_is_what_is_said(box):
+    assert cli._first_part(box, "A") == "wrong, 3"
+
+
 def test_data_errors_are_one_line_too(capsys, tmp_path):
     arguments = ["train", "quickstart", "--out", str(tmp_path), "--data.source", "absent.txt"]
     assert refusal(capsys, *arguments) == "longctx: data source absent.txt does not exist"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_start_that_fails_claims_no_directory(run_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = ["train", f"{run_file}:small", "--out", str(tmp_path), "--train.trackers", "wandb"]
+    assert "pip install longctx[wandb]" in refusal(capsys, *arguments)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_runs_in_files(run_file, capsys):
@@ -103,7 +126,7 @@ def test_help_shows_every_field_with_its_comment(capsys):
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     for part in ("--model.width", "--mesh.fsdp", "--data.tokenizer", "--train.profile"):
         assert part in text
-    assert "--optim.learning-rate FLOAT Peak learning rate." in text
+    assert "--optim.learning-rate FLOAT Peak learning rate (author code)." in text
     assert "--eval.tokens INT Held-out tokens behind each score" in text
 
 

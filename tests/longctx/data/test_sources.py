@@ -79,11 +79,16 @@ def test_separate_held_out_source(tmp_path):
         ("empty.txt", b"", "holds no text"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2: not JSON"),
         ("other.jsonl", b'{"body": "a"}\n', "line 1: no string in field 'text'"),
+        ("latin.jsonl", b'{"text": "\xff"}\n', "line 1: not JSON"),
         ("cut.txt.gz", gzip.compress(b"x" * 1000)[:-9], "not a complete gzip file"),
+        ("bent.txt.gz", gzip.compress(b"x")[:10] + b"\xff" * 9, "not a complete gzip file"),
         ("plain.txt.gz", b"not packed", "not a complete gzip file"),
         ("broken.parquet", b"PAR1", "cannot be read as parquet"),
     ],
-    ids=["absent", "empty", "cut line", "no field", "cut gzip", "no gzip", "no parquet"],
+    ids=[
+        *("absent", "empty", "cut line", "no field", "not UTF-8"),
+        *("cut gzip", "bent gzip", "no gzip", "no parquet"),
+    ],
 )
 def test_unreadable_source(tmp_path, name, content, message):
     path = tmp_path / name
@@ -92,6 +97,13 @@ def test_unreadable_source(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         documents(DataConfig(source=str(path)), "train")
     assert name in str(caught.value)
+
+
+def test_half_a_character_in_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}\n{"text": "c"}\n')
+    found = documents(DataConfig(source=str(path), valid_source=str(path)), "train")
+    assert [text for _, text in found] == [b"a?b", b"c"]
 
 
 def test_parquet_without_the_column(tmp_path):

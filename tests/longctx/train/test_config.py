@@ -13,8 +13,9 @@ from longctx.train.config import (
     RunConfig,
     RunError,
     TrainConfig,
-    claim_directory,
+    check_directory,
     read_config,
+    write_config,
 )
 from longctx.train.serialize import from_json, to_json
 
@@ -72,7 +73,9 @@ def test_json_that_does_not_fit(change, message):
         (lambda: TrainConfig(steps=0), "train.steps=0"),
         (lambda: TrainConfig(profile="3"), "train.profile='3' must be FIRST:LAST"),
         (lambda: TrainConfig(profile="5:3"), "1 <= FIRST <= LAST <= 1000"),
-        (lambda: OptimConfig(learning_rate=0), "must be positive"),
+        (lambda: OptimConfig(learning_rate=0), "optim.learning_rate=0 must be positive"),
+        (lambda: OptimConfig(warmup_steps=-1), "optim.warmup_steps=-1"),
+        (lambda: OptimConfig(beta2=1.0), r"optim.beta2=1.0 must lie in \[0, 1\)"),
         (lambda: EvalConfig(every=-1), "eval.every"),
         (lambda: DataConfig(valid_fraction=1), "data.valid_fraction=1"),
         (lambda: DataConfig(sequence_length=0), "data.sequence_length=0"),
@@ -92,15 +95,19 @@ def test_rules(make, message):
 
 def test_a_directory_belongs_to_one_run(tmp_path):
     config = RUNS["quickstart"]
-    claim_directory(config, tmp_path)
+    check_directory(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+    write_config(config, tmp_path)
     assert read_config(tmp_path) == config
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every=7))
-    claim_directory(longer, tmp_path)
-    assert read_config(tmp_path) == longer
-    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, width=64))
-    with pytest.raises(RunError, match=r"model\.width \d+ -> 64"):
-        claim_directory(wider, tmp_path)
-    assert read_config(tmp_path) == longer
+    check_directory(longer, tmp_path)
+    mlp = dataclasses.replace(config.model.mlp, width=64)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp=mlp))
+    with pytest.raises(RunError, match=r"\(model\.mlp\.width \d+ -> 64\)"):
+        check_directory(wider, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file is a file"):
+        check_directory(config, tmp_path / "file")
 
 
 def test_not_a_run(tmp_path):

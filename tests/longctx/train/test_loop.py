@@ -18,6 +18,8 @@ from longctx.train.restore import load_run
 from tests.golden.losses import GOLDEN, check_golden
 from tests.longctx.train.runs import TNL, TRANSFORMER, tiny_run, write_text
 
+THREE = dataclasses.replace(TNL.softmax, num_kv_heads=3)
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -166,7 +168,7 @@ def test_another_run_in_the_same_directory_is_an_error(source, finished):
     ("model", "axes", "message"),
     [
         (TNL, {"data": 16}, "needs 16 devices"),
-        (dataclasses.replace(TNL, dtype="float31"), {}, "float31"),
+        (dataclasses.replace(TNL, mixers=("softmax",), softmax=THREE), {}, "num_kv_heads=3 must"),
     ],
 )
 def test_what_cannot_be_built_is_a_clear_error(source, tmp_path, model, axes, message):
