@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longctx.data.pipeline import load_corpus
+from longctx.draw import length_axis, tidy
 from longctx.eval.score import Score, make_scorer
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import read_rows, write_rows
@@ -79,26 +80,30 @@ def _show(scores: Sequence[Score]) -> None:
 
 def plot_scores(run: pathlib.Path) -> pathlib.Path:
     """Draw `run/eval.png` from `run/eval.jsonl`: the score by length, and by context."""
-    from matplotlib.figure import Figure  # slow to import
+    from matplotlib import colormaps  # slow to import
+    from matplotlib.figure import Figure
 
+    viridis = colormaps["viridis"]
     records = read_rows(run / "eval.jsonl")
+    lengths, trained = [r["length"] for r in records], records[0]["train_length"]
     figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(run.name)
     by_length, by_context = figure.subplots(1, 2, sharey=True)
-    by_length.plot(
-        [r["length"] for r in records], [r["bits_per_byte"] for r in records], marker="o"
-    )
-    by_length.axvline(records[0]["train_length"], color="grey", linestyle=":", label="trained at")
-    by_length.set(xlabel="sequence length", ylabel="held-out bits per byte", title=run.name)
-    for record in records:
+    by_length.plot(lengths, [r["bits_per_byte"] for r in records], "o-", color="black")
+    by_length.axvline(trained, color="grey", linestyle=":", label=f"trained at {trained:,}")
+    by_length.set_ylabel("held-out bits per byte")
+    length_axis(by_length, lengths, "sequence length")
+    for place, record in enumerate(records, start=1):
         shown = [b for b in record["buckets"] if b["tokens"]]
-        centres = [(b["first"] + b["last"]) / 2 for b in shown]
+        ends = [b["last"] + 1 for b in shown]
         values = [b["bits_per_byte"] for b in shown]
-        by_context.plot(centres, values, marker="o", label=f"length {record['length']}")
-    by_context.set(xlabel="tokens of context")
+        colour = viridis(1 - place / len(records))
+        by_context.plot(ends, values, "o-", color=colour, label=f"length {record['length']:,}")
+    ends = [b["last"] + 1 for b in records[-1]["buckets"]]
+    length_axis(by_context, ends, "tokens of context, up to")
     for axes in (by_length, by_context):
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-        axes.legend()
+        tidy(axes)
+        axes.legend(frameon=False)
     path = run / "eval.png"
     figure.savefig(path, dpi=150)
     return path

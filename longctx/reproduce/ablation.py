@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longctx.draw import tidy
 from longctx.models import count_parameters
 from longctx.reproduce.experiment import Row
 from longctx.train.config import RunConfig
@@ -118,7 +119,7 @@ class Ablation:
         from matplotlib.figure import Figure  # slow to import
 
         results = compare(rows)
-        figure = Figure(figsize=(7, 1.2 + 0.5 * len(results)), layout="constrained")
+        figure = Figure(figsize=(7, 1.8 + 0.4 * len(results)), layout="constrained")
         axes = figure.add_subplot(title=f"{self.title} ({self.source})")
         places = range(len(results))
         axes.errorbar(
@@ -132,11 +133,12 @@ class Ablation:
         known = [(x, y) for x, y in known if x is not None]
         if known:
             axes.plot(*zip(*known, strict=True), "D", mfc="none", label=f"paper, {self.paper_unit}")
+        tidy(axes)
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set_yticks(list(places), [r.arm for r in results])
         axes.invert_yaxis()
         axes.set_xlabel(f"difference from {self.base!r} (to the right is worse)")
-        axes.legend(loc="best", fontsize="small")
+        figure.legend(loc="outside lower center", fontsize="small", frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from longctx.draw import tidy
 from longctx.train.metrics import read_metrics
 
 
@@ -25,9 +26,10 @@ def plot_loss(out: pathlib.Path) -> pathlib.Path | None:
     ):
         points = [(r["step"], r[field]) for r in records if r.get(field) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1)
-    axes.grid(alpha=0.3)
-    axes.legend()
+            label = f"{label}, {points[-1][1]:.3f} at the end"
+            axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.2)
+    tidy(axes)
+    axes.legend(frameon=False)
     path = out / "loss.png"
     figure.savefig(path, dpi=150)
     return path
