@@ -3,8 +3,12 @@
 import io
 import re
 import shlex
+import subprocess
+import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
+
+import pytest
 
 from experiments import results
 from longctx.cli import COMMANDS, main
@@ -46,6 +50,18 @@ def test_every_command_has_help(capsys):
         with suppress(SystemExit):  # how tyro ends after its help
             main([name, "--help"])
         assert name in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_command_runs(tmp_path):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    program = [sys.executable, "-c", "from longctx.cli import main; main()"]
+    for name, *arguments in commands():
+        if name == "longctx":
+            done = subprocess.run(
+                [*program, *arguments], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{arguments}: {done.stderr}"
 
 
 def test_tables_are_those_of_the_committed_rows():

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -91,6 +92,31 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(RunError, match=r"pip install longctx\[wandb\]"):
         open_sinks(tmp_path, ("wandb",))
+
+
+def test_wandb_gets_every_record_at_its_step(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, numbers, step):
+            calls.append((step, numbers))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**options):
+        calls.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for sink in open_sinks(tmp_path, ("wandb",)):
+        sink.write({"step": 3, "loss": 0.5})
+        sink.close()
+    assert calls == [
+        {"project": "longctx", "name": tmp_path.name, "dir": tmp_path},
+        (3, {"loss": 0.5}),
+        "finished",
+    ]
 
 
 def test_no_curve_without_records(tmp_path):
