@@ -35,14 +35,14 @@ def _positive(config: object, *names: str) -> None:
 class LightningConfig:
     """The gated linear attention of a model's "lightning" layers."""
 
-    num_heads: int = 8  # paper: heads of 128
-    head_dim: int = 128  # paper
+    num_heads: int = 8  # heads; the paper fills the width with them
+    head_dim: int = 128  # features per head (paper)
     # mix: LRPE-d in layer 0, decay elsewhere (paper's choice); lrpe_d: both everywhere; exp_decay:
     # decay alone; lrpe: rotation alone; absolute: neither (learned table)
     position: str = "mix"
-    slopes: str = "alibi"  # author code; "printed": the formula printed in the papers
+    slopes: str = "alibi"  # of the decays: alibi (author code) or printed (the papers' formula)
     temperature: bool = True  # slower decay in later layers (paper)
-    gate: Gate = "linear"  # paper: linear; MiniMax-01: sigmoid; or off
+    gate: Gate = "linear"  # of the output: linear (paper), sigmoid (MiniMax-01) or off
     activation: Activation = "silu"  # of q and k (paper)
     value_activation: Activation = "none"  # of v (paper: none; MiniMax-01: silu)
     norm: NormKind = "srms"  # after attention, over all heads together (paper)
@@ -135,9 +135,9 @@ class ParallelConfig:
 class ModelConfig:
     """A decoder-only language model; the defaults are TNL-385M."""
 
-    vocab_size: int = 50272  # the paper's ablation-style release; 64000 in the final ones
+    vocab_size: int = 50272  # tokens; an early release of the authors has so many, later ones 64000
     width: int = 1024  # of the residual stream
-    num_layers: int = 24  # layers
+    num_layers: int = 24  # blocks of a token mixer and a channel mixer
     # Pattern of token mixers, repeated over the layers (for instance seven lightning, one softmax):
     # lightning, softmax, window, tied, hash, drop, tensorized
     mixers: tuple[str, ...] = ("lightning",)
@@ -147,7 +147,7 @@ class ModelConfig:
     tensorized: TensorizedConfig = TensorizedConfig()  # of tensorized layers
     mlp: MlpConfig = MlpConfig()  # of every layer
     norm: NormKind = "srms"  # pre-norms and final norm: srms (paper), rms, layer
-    norm_eps: float = 1e-6  # author code
+    norm_eps: float = 1e-6  # added to the mean square (author code)
     residual: ResidualConfig = ResidualConfig()  # weights of what each layer adds
     learned_positions: int = 0  # rows of a learned absolute position table; 0: none
     tied_head: bool = True  # output embedding is the input's (author code; counts agree)

@@ -128,6 +128,8 @@ def test_help_shows_every_field_with_its_comment(capsys):
         assert part in text
     assert "--optim.learning-rate FLOAT Peak learning rate (author code)." in text
     assert "--eval.tokens INT Held-out tokens behind each score" in text
+    form = r"(?: [A-Z]+| \{[^}]*\}| \[[^()]*\])?"
+    assert not re.findall(rf"--[\w.-]+{form} \((?:default|required)", text)
 
 
 def test_the_command_lists_its_commands(capsys):
