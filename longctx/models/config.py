@@ -89,9 +89,11 @@ class TensorizedConfig:
     """What "tensorized" layers add to the softmax attention's numbers (2410.20926)."""
 
     dims: tuple[int | None, ...] = (512, None)  # fast to slow; None: as long as needed (ours)
-    variant: Variant = "mixed_radix"  # ours: the paper's causal rule could not be verified
-    order: Order = "slow_first"  # ours
-    positions: Positions = "digit"  # ours; "global": RoPE sees distances in tokens
+    # What a hop may see (ours: the paper's causal rule could not be verified).
+    variant: Variant = "mixed_radix"
+    order: Order = "slow_first"  # in which the dimensions are mixed (ours)
+    # What RoPE sees: digit, distances along the dimension; global, distances in tokens (ours).
+    positions: Positions = "digit"
     self_bias: float | None = 4.0  # ours: initial score of a token with itself; None: none
 
 
