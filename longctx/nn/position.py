@@ -79,9 +79,7 @@ class RopeScaling:
     keeps those `high_frequency` times shorter, and blends in between (2407.21783 and its code).
     """
 
-    kind: Literal["none", "linear", "ntk", "llama3"] = (
-        "none"  # frequencies: all alike; slow ones more; slow ones only
-    )
+    kind: Literal["none", "linear", "ntk", "llama3"] = "none"  # which frequencies are divided
     factor: float = 1.0  # how many times the trained length is to be reached
     original_length: int = 8192  # Llama 3's trained length; "llama3" only
     low_frequency: float = 1.0  # Llama 3.1; "llama3" only
