@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench._claims import Claim, over
+from longctx.draw import length_axis, tidy
 
 type Row = dict[str, Any]
 
@@ -91,11 +92,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             points = [(r["length"], r[f"{name}_ns_per_token"]) for r in rows if r["batch"] == batch]
             many = f", {batch} rows" if batch > 1 else ""
             axes.plot(*np.transpose(points), marker="o", label=label + many)
-    axes.set_xscale("log", base=2)
+    length_axis(axes, sorted({row["length"] for row in rows}), "length, tokens")
+    tidy(axes)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("length, tokens")
     axes.set_ylabel("ns per token")
     first = rows[0]
     axes.set_title(f"{first['heads']} heads of {first['width']}, {first['dtype']}")
-    axes.legend()
+    axes.legend(frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=150)

@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments.transnormer.base import PAPER, SMOKE
 from longctx.data.config import DataConfig
+from longctx.draw import length_axis, tidy
 from longctx.models import count_parameters, transformer
 from longctx.parallel.mesh import make_mesh
 from longctx.reproduce import Row
@@ -103,17 +104,16 @@ class TrainingSpeed:
         from matplotlib.figure import Figure  # slow to import
 
         figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="sequence length", ylabel="tokens per second")
+        axes = figure.add_subplot(ylabel="tokens per second", yscale="log")
         for name, paper in PAPER_SPEED.items():
             mine = [r for r in rows if r["model"] == name and "failed" not in r]
             ours = [(r["length"], r["tokens_per_second"]) for r in mine]
             line = axes.plot(*zip(*ours, strict=True), "o-", label=f"{name}, {rows[0]['device']}")
             colour = line[0].get_color()
             axes.plot(list(paper), list(paper.values()), ":", color=colour, label=f"{name}, paper")
-        axes.set(xscale="log", yscale="log")
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-        axes.legend()
+        length_axis(axes, sorted({r["length"] for r in rows}), "sequence length")
+        tidy(axes)
+        axes.legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 
