@@ -53,7 +53,8 @@ def train_batches(
         raise DataError(f"data.batch_size={config.batch_size} must divide by {processes} processes")
     rows = grain.MapDataset.source(corpus.windows(config.sequence_length))
     rows = rows.shuffle(seed=config.seed).repeat()[process::processes]
-    batches = rows.batch(config.batch_size // processes, batch_fn=stack)
+    # There is no last batch; without drop_remainder grain loses count of batches of one.
+    batches = rows.batch(config.batch_size // processes, drop_remainder=True, batch_fn=stack)
     # Reading is slicing an array: one thread that stays two batches ahead is enough.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(batches.to_iter_dataset(options))

@@ -50,6 +50,11 @@ def test_each_pass_is_complete_and_in_a_new_order():
     assert other["index"].tolist() != first
 
 
+def test_batches_of_one_sequence():
+    batches = batches_of(DataConfig(sequence_length=5, batch_size=1))
+    assert sorted(next(batches)["index"].item() for _ in range(2)) == [0, 1]
+
+
 def test_resumes_exactly():
     config = DataConfig(sequence_length=2, batch_size=2)
     batches = batches_of(config)
