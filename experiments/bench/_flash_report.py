@@ -115,7 +115,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panel.set_xticks(range(len(labels)), labels, fontsize=7)
         panel.set_title(f"causal {which}, bfloat16", fontsize=9)
     panels[0].set_ylabel("TFLOP/s")
-    panels[0].legend(fontsize=8)
+    handles, names = panels[0].get_legend_handles_labels()
+    options = {"loc": "outside lower center", "ncols": len(names), "frameon": False}
+    figure.legend(handles, names, fontsize=8, **options)
     figure.savefig(path.with_suffix(".png"), dpi=150)
 
 

@@ -91,7 +91,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     if not rows:
         return
     pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
     for batch in sorted({row["batch"] for row in rows}):
         for name, label in (("forward", "forward"), ("both", "forward + backward")):
             points = [(r["length"], r[f"{name}_ns_per_token"]) for r in rows if r["batch"] == batch]
@@ -103,5 +103,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("ns per token")
     first = rows[0]
     axes.set_title(f"{first['heads']} heads of {first['width']}, {first['dtype']}")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=150)
