@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ def check_device(arguments: Sequence[str]) -> None:
     if not chosen:
         raise UserError(f"no check has {options.only!r} in its name")
     console = Console(stderr=True)
+    with ThreadPoolExecutor() as pool:  # nothing compiles any more when the clock runs
+        futures = [pool.submit(_prepare, check, options) for check in chosen]
+        ready = [f.result() for f in track(futures, "compile", console=console)]
     rows = []
-    for check in track(chosen, "checks", console=console):
-        rows.append(_row(check, options))
+    for programs in track(ready, "check", console=console):
+        rows.append(_row(programs, options))
         write_rows(options.out, rows)
     Console().print(_table(rows, options.out))
     wrong = [f"{row['check']} ({row['dtype']})" for row in rows if not row["right"]]
@@ -75,41 +79,80 @@ def _table(rows: Sequence[dict[str, Any]], out: Path) -> Table:
     return table
 
 
-def _row(check: Check, options: CheckOptions) -> dict[str, Any]:
-    """What was found: errors, times, and if it is not right, what is `wrong`."""
-    arrays = check.draw(options.length, batch=2)
-    backend, refusal = _backend(check, arrays)
-    row = {
-        "check": check.name,
-        "dtype": check.dtype,
-        "backend": backend,
-        "refusal": refusal,
-        "tolerance": TOLERANCE[check.dtype],
-        "length": options.length,
-        "tokens": options.tokens,
-    }
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """A check, compiled: outputs and gradients of ours and of the definition, and calls to time."""
+
+    check: Check
+    backend: str  # what backend="auto" takes here
+    refusal: str | None  # why that is not this platform's own kernels
+    found: Callable[..., Any] | None = None
+    wanted: Callable[..., Any] | None = None
+    forward: Callable[..., Any] | None = None
+    both: Callable[..., Any] | None = None
+    failure: str | None = None  # why there are none
+
+
+FAILURES = (RuntimeError, TypeError, ValueError)  # what compilers and kernels raise
+
+
+def _prepare(check: Check, options: CheckOptions) -> Programs:
+    few = jax.eval_shape(lambda: check.draw(options.length, batch=2))
+    many = jax.eval_shape(lambda: check.draw(options.tokens, batch=1))
+    exact = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in few]
+    backend, refusal = _backend(check, few)
+
+    def compiled(function: Callable[..., Any], types: Sequence[Any]) -> Callable[..., Any]:
+        return jax.jit(function).lower(*types).compile()
+
     try:
-        return row | _errors(check, backend, arrays) | _times(check, backend, options.tokens)
-    except (RuntimeError, TypeError, ValueError) as failure:  # what compilers and kernels raise
-        return row | {"right": False, "wrong": f"does not run: {str(failure)[:500]}"}
+        with jax.default_matmul_precision("highest"):
+            wanted = compiled(lambda *a: _both(check, "reference", a), exact)
+        found, both = (compiled(lambda *a: _both(check, backend, a), x) for x in (few, many))
+        forward = compiled(lambda *a: check.operator(backend, *a), many)
+    except FAILURES as failure:
+        return Programs(check, backend, refusal, failure=str(failure))
+    return Programs(check, backend, refusal, found, wanted, forward, both)
 
 
-def _backend(check: Check, arrays: Sequence[jax.Array]) -> tuple[str, str | None]:
-    """What backend="auto" takes here, and why it is not this platform's own kernels."""
+def _backend(check: Check, arrays: Sequence[Any]) -> tuple[str, str | None]:
     own = KERNELS.get(jax.default_backend(), "xla")
     try:
         jax.eval_shape(lambda *a: check.operator(own, *a), *arrays)
     except NotImplementedError as refusal:
         return "xla", str(refusal)
+    except FAILURES:  # which compiling will report
+        return own, None
     return own, None
 
 
-def _errors(check: Check, backend: str, arrays: Sequence[jax.Array]) -> dict[str, Any]:
-    run = jax.jit(lambda *a: _both(check, backend, a))
-    ours, again = run(*arrays), run(*arrays)
-    exact = [x.astype(jnp.float32) for x in arrays]
-    with jax.default_matmul_precision("highest"):
-        wanted = jax.jit(lambda *a: _both(check, "reference", a))(*exact)
+def _row(programs: Programs, options: CheckOptions) -> dict[str, Any]:
+    """What was found: errors, times, and if it is not right, what is `wrong`."""
+    check = programs.check
+    row = {
+        "check": check.name,
+        "dtype": check.dtype,
+        "backend": programs.backend,
+        "refusal": programs.refusal,
+        "tolerance": TOLERANCE[check.dtype],
+        "length": options.length,
+        "tokens": options.tokens,
+    }
+    failure = programs.failure
+    if failure is None:
+        try:
+            return row | _errors(programs, options.length) | _times(programs, options.tokens)
+        except FAILURES as error:
+            failure = str(error)
+    return row | {"right": False, "wrong": f"does not run: {failure[:500]}"}
+
+
+def _errors(programs: Programs, length: int) -> dict[str, Any]:
+    assert programs.found is not None and programs.wanted is not None
+    check = programs.check
+    arrays = check.draw(length, batch=2)
+    ours, again = programs.found(*arrays), programs.found(*arrays)
+    wanted = programs.wanted(*(x.astype(jnp.float32) for x in arrays))
     found = {
         name: worst_error(a, b)
         for name, a, b in zip(("error", "gradient_error"), ours, wanted, strict=True)
@@ -159,13 +202,12 @@ def worst_error(ours: Any, wanted: Any) -> float:
     return float(np.max(jax.tree.leaves(jax.tree.map(error, ours, wanted))))
 
 
-def _times(check: Check, backend: str, tokens: int) -> dict[str, float]:
-    arrays = check.draw(tokens, batch=1)
-    forward = jax.jit(lambda *a: check.operator(backend, *a))
-    found = {"forward_ms": milliseconds(forward, arrays)}
-    if check.gradients:
-        both = jax.jit(lambda *a: _both(check, backend, a))
-        found["forward_backward_ms"] = milliseconds(both, arrays)
+def _times(programs: Programs, tokens: int) -> dict[str, float]:
+    assert programs.forward is not None and programs.both is not None
+    arrays = programs.check.draw(tokens, batch=1)
+    found = {"forward_ms": milliseconds(programs.forward, arrays)}
+    if programs.check.gradients:
+        found["forward_backward_ms"] = milliseconds(programs.both, arrays)
     return found
 
 

@@ -86,7 +86,6 @@ def test_one_that_does_not_run_fails_and_says_why(tmp_path, monkeypatch):
         raise RuntimeError("no such instruction")
 
     check_only(monkeypatch, broken)
-    monkeypatch.setattr(command, "_backend", lambda *_: ("xla", None))
     (row,), failed = run(tmp_path)
     assert failed and row["wrong"] == "does not run: no such instruction"
 
