@@ -49,7 +49,7 @@ def experiment(
     found = re.search(r"^Claim \(([^)]*)\): (.*?)^Command: ", told, re.S | re.M)
     assert found is not None, f"the docstring of {path} must have its Claim (source) and Command"
     source, claim = (" ".join(group.split()) for group in found.groups())
-    first = re.split(r"(?<=\w)\.(?: |$)", claim)[0]
+    first = re.split(r"(?<![. ])\.(?: |$)", claim)[0]
     return Section(
         title=re.split("[:.]", told)[0],
         claim=f"{first} ({source}).",
@@ -85,6 +85,7 @@ PAPERS: dict[str, list[Section]] = {
             needs="two CPU cores",
         ),
         experiment("transnormer/training_speed", lines.training_speed, "paper"),
+        experiment("transnormer/decoding", lines.decoding),
         experiment("transnormer/positional_encoding", lines.ablation),
         experiment("transnormer/decay_temperature", lines.ablation),
         experiment("transnormer/gating", lines.ablation),
@@ -92,6 +93,11 @@ PAPERS: dict[str, list[Section]] = {
         experiment("transnormer/gla_activation", lines.ablation),
         experiment("transnormer/glu_activation", lines.ablation),
         experiment("transnormer/transformer", lines.ablation),
+        experiment("transnormer/transformer_1b", lines.ablation),
+        experiment("transnormer/wikitext103", lines.wikitext103, "paper"),
+    ],
+    "Hybrids of lightning and softmax attention (2501.08313)": [
+        experiment("hybrids/recall", lines.hybrids),
     ],
     "Sparse Flash Attention (2306.01160)": [
         *(
@@ -136,6 +142,7 @@ PAPERS: dict[str, list[Section]] = {
         experiment("tensorized/adaptation", lines.ablation),
     ],
     "Ring Attention (2310.01889)": [
+        experiment("ring_attention/max_context", lines.max_context, needs="the compilers alone"),
         bench(
             "ring",
             "Ring attention",

@@ -4,6 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.bench._claims import Claim
+from experiments.hybrids.recall import accuracy
+from experiments.ring_attention.max_context import PAPER as MAX_CONTEXT
+from experiments.ring_attention.max_context import longest
+from experiments.transnormer.wikitext103 import PAPER_PERPLEXITY as WIKITEXT103
 from longctx.reproduce.ablation import compare
 
 # Operators whose times stand in the README too.
@@ -239,3 +243,53 @@ def tiles(rows: Sequence[Row]) -> Iterator[Line]:
         theirs, ours = r["released"], r["intervals"]
         what = f"tiles a head visits, {r['operator']}, {r['length']} tokens"
         yield Line(what, "the released bounds", f"{theirs:.0f}", f"{ours:.0f}", ours / theirs)
+
+
+def wikitext103(rows: Sequence[Row]) -> Iterator[Line]:
+    """Perplexities beside the paper's."""
+    for r in rows:
+        for part, paper in WIKITEXT103[r["arm"]].items():
+            what = f"{r['arm']}, perplexity, {part}, {r['tokens'] / 1e6:,.0f}M tokens"
+            yield Line(what, r["source"], f"{paper:.2f}", f"{r[f'{part}_perplexity']:.2f}")
+
+
+def hybrids(rows: Sequence[Row]) -> Iterator[Line]:
+    """Accuracy at the trained length (of needles: over depths), and the speed of training."""
+    fastest = max(r["tokens_per_second"] for r in rows)
+    for arm, task in dict.fromkeys((r["arm"], r["task"]) for r in rows):
+        ours = [r for r in rows if (r["arm"], r["task"]) == (arm, task)]
+        trained = ours[0]["trained"]
+        speed = f"{ours[0]['tokens_per_second'] / fastest:.0%} of the fastest one's tokens/s"
+        what = f"{arm}, {task} accuracy at {trained} tokens, {speed}"
+        paper = ours[0]["paper"] and f"{ours[0]['paper']} (per cent)"
+        beside = (
+            "MiniMax-01, needles, 1B" if task == "needle" else f"chance {ours[0]['chance']:.3f}"
+        )
+        shown = f"{accuracy(ours, task, trained):.3f}"
+        yield Line(what, beside, paper if task == "needle" else "", shown)
+
+
+def decoding(rows: Sequence[Row]) -> Iterator[Line]:
+    """Speed and memory after the longest context against the shortest; TNL against softmax."""
+    first, *_, last = sorted({r["context"] for r in rows})
+    at = {(r["model"], r["context"]): r for r in rows}
+    for model in ("TNL", "Transformer"):
+        ours, beside = at[model, last], at[model, first]
+        what = f"{model}, {ours['parameters'] / 1e6:.0f}M, decoding after {last} tokens"
+        speeds = (beside["tokens_per_second"], ours["tokens_per_second"])
+        yield _speed(what, f"after {first}", *speeds, headline=model == "TNL")
+        there, here = (f"{r['row_bytes'] / 1e6:,.1f} MB" for r in (beside, ours))
+        ratio = ours["row_bytes"] / beside["row_bytes"]
+        yield Line(f"{what}, cache per row", f"after {first}", there, here, ratio)
+    speeds = (at["Transformer", last]["tokens_per_second"], at["TNL", last]["tokens_per_second"])
+    yield _speed(f"decoding after {last} tokens", "our softmax Transformer", *speeds)
+
+
+def max_context(rows: Sequence[Row]) -> Iterator[Line]:
+    """Longest contexts that the compiler says fit, beside the paper's; memory, hence a ratio."""
+    for r in longest(rows):
+        paper = MAX_CONTEXT.get(r["topology"], {}).get(r["method"])
+        what = f"7B, {r['method']} on {r['topology']}, a sequence on {r['seq']} (analysis)"
+        theirs = f"{paper}K tokens" if paper else ""
+        ratio = r["length"] / (paper * 1024) if paper else None
+        yield Line(what, "the paper's table 3", theirs, f"{r['length'] // 1024}K tokens", ratio)

@@ -5,9 +5,8 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from longctx.data.config import DataConfig, DataError
+from longctx.data.config import DataConfig, DataError, Split
 from longctx.data.packing import Example
-from longctx.data.sources import Split
 from longctx.tasks import Task, TextCodec, named_task
 from longctx.tasks.episode import episode_at
 

@@ -7,8 +7,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Int
 
-from longctx.data.config import DataError
-from longctx.data.sources import Document
+from longctx.data.config import DataError, Document
 from longctx.data.tokenizer import Tokenizer
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from longctx.data.config import DataConfig, DataError
+from longctx.data.config import DataConfig, DataError, Split
 from longctx.data.episodes import PREFIX, Episodes, load_episodes
 from longctx.data.packing import Corpus, Example, pack
-from longctx.data.sources import Split, documents
+from longctx.data.sources import documents
 from longctx.data.tokenizer import load_tokenizer
 
 

@@ -7,12 +7,10 @@ import pathlib
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from typing import IO, Literal, cast
+from typing import IO, cast
 
-from longctx.data.config import STDLIB, DataConfig, DataError
-
-type Split = Literal["train", "valid"]
-type Document = tuple[str, bytes]  # a name that does not depend on the machine, and the text
+from longctx.data.config import STDLIB, DataConfig, DataError, Document, Split
+from longctx.data.corpora import is_published, published_documents
 
 # Tests, other people's packages, and the generated help texts of pydoc (one string of 0.8 MB).
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
@@ -23,13 +21,15 @@ def documents(config: DataConfig, split: Split) -> list[Document]:
 
     A document is held out when the hash of its name says so: the split is the same on every
     machine and does not change when documents are added. Of a source that is a single document,
-    the last `valid_fraction` is held out instead.
+    the last `valid_fraction` is held out instead. Published corpora have a split of their own.
 
     Raises:
       DataError: a path is missing, holds no text, or leaves the split empty.
     """
+    source = (split == "valid" and config.valid_source) or config.source
+    if is_published(source):
+        return list(published_documents(source, split))
     if config.valid_source:
-        source = config.valid_source if split == "valid" else config.source
         return _read_all(source, config.text_field)
     found = _read_all(config.source, config.text_field)
     if len(found) == 1:

@@ -1,6 +1,7 @@
 """Ablations: the arms of one base run, trained at a scale, their differences beside the paper's."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -9,6 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longctx.data.config import DataConfig
+from longctx.data.packing import Corpus
+from longctx.data.pipeline import load_corpus
 from longctx.draw import tidy
 from longctx.models import count_parameters
 from longctx.reproduce.experiment import Row
@@ -90,8 +94,10 @@ class Ablation:
             "seed": config.train.seed,
             "parameters": count_parameters(config.model),
             "tokens": config.tokens_per_step * config.train.steps,
+            "unit": "bits per byte",
             "paper": self.arms[name].paper,
             "paper_unit": self.paper_unit,
+            **_data(config),
         }
 
     def table(self, rows: Sequence[Row]) -> str:
@@ -99,8 +105,9 @@ class Ablation:
         lines = [
             f"# {self.title} ({self.source})",
             "",
-            f"Ours in bits per byte ({rows[0]['scale']} scale, {rows[0]['tokens']:,} tokens a run, "
-            f"{rows[0]['device']}), the paper's in {self.paper_unit}.",
+            f"Ours in bits per byte ({rows[0]['scale']} scale, {rows[0]['tokens']:,} tokens a run: "
+            f"{rows[0]['epochs']:.2f} epochs of {rows[0]['corpus']}; {rows[0]['device']}), the "
+            f"paper's in {self.paper_unit}.",
             "A difference below two standard errors is not resolved at this scale; where nothing",
             "was run with several seeds there is no standard error.",
             "",
@@ -205,6 +212,21 @@ def _spread(scores: Iterable[Sequence[float]]) -> float | None:
     squares = sum(statistics.variance(group) * (len(group) - 1) for group in groups)
     freedom = sum(len(group) - 1 for group in groups)
     return math.sqrt(squares / freedom) if freedom else None
+
+
+def _data(config: RunConfig) -> dict[str, Any]:
+    """What a run reads, so that rows with another corpus are told apart."""
+    digest, size = _corpus(config.data, config.model.vocab_size)
+    tokens = config.tokens_per_step * config.train.steps
+    return {"corpus": config.data.source, "corpus_sha256": digest, "epochs": tokens / size}
+
+
+@functools.cache
+def _corpus(data: DataConfig, vocab_size: int) -> tuple[str, int]:
+    """Checksum and number of the training tokens."""
+    corpus = load_corpus(data, "train", vocab_size=vocab_size)
+    assert isinstance(corpus, Corpus), "ablations are trained on text"
+    return hashlib.sha256(corpus.tokens.tobytes()).hexdigest()[:16], len(corpus.tokens)
 
 
 def trained(config: RunConfig, runs: Path) -> dict[str, Any]:

@@ -21,12 +21,13 @@ class RunError(UserError):
     """A run cannot start or go on; the message says where it stands."""
 
 
+type Decay = Literal["cosine", "inverse_sqrt"]
 type Tracker = Literal["tensorboard", "wandb"]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, cosine decay and clipping by the global norm.
+    """AdamW with linear warm-up, then decay, and clipping by the global norm.
 
     TransNormerLLM's papers print none of these numbers. They are those of the first author's code
     for a small TransNormerLLM ("author code") where it has them, and ours elsewhere.
@@ -34,7 +35,9 @@ class OptimConfig:
 
     # Peak learning rate (author code).
     learning_rate: float = 6e-4
-    # Learning rate of the last step, as a fraction of the peak (author code).
+    # How it falls after the warm-up (author code): "cosine", or "inverse_sqrt" of the step.
+    decay: Decay = "cosine"
+    # With "cosine": learning rate of the last step, as a fraction of the peak (author code).
     final_fraction: float = 0.1
     # Steps of linear warm-up from zero (ours: author code has 2000 of 600,000).
     warmup_steps: int = 100
@@ -59,6 +62,8 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.decay not in ("cosine", "inverse_sqrt"):
+            raise ValueError(f"optim.decay={self.decay!r} must be 'cosine' or 'inverse_sqrt'")
 
 
 @dataclasses.dataclass(frozen=True)

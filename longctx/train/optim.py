@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from longctx.train.config import OptimConfig
@@ -12,15 +13,23 @@ DECAYED = frozenset({"kernel", "table"})
 
 
 def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of the step after `count` others: a linear rise to the peak, then a cosine.
+    """Learning rate of the step after `count` others: a linear rise to the peak, then the decay.
 
-    The first step already moves (peak / warmup_steps), the last one has the final rate.
+    The first step already moves (peak / warmup_steps); the last one of a cosine has the final
+    rate, and with "inverse_sqrt" step n has peak * sqrt(warmup_steps / n).
     """
-    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    fall = optax.cosine_decay_schedule(
-        config.learning_rate, max(steps - config.warmup_steps, 1), alpha=config.final_fraction
-    )
-    joined = optax.join_schedules([rise, fall], [config.warmup_steps])
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    if config.decay == "inverse_sqrt":
+        first = max(warmup, 1)
+
+        def fall(count: jax.typing.ArrayLike) -> jax.Array:
+            return peak * jnp.sqrt(first / (count + first))
+    else:
+        fall = optax.cosine_decay_schedule(
+            peak, max(steps - warmup, 1), alpha=config.final_fraction
+        )
+    joined = optax.join_schedules([rise, fall], [warmup])
     return lambda count: joined(count + 1)
 
 

@@ -52,6 +52,9 @@ def test_smoke_run_writes_rows_table_and_figure(tmp_path, capsys):
     assert all(0 < row["bits_per_byte"] < 12 for row in rows)
     assert rows[0]["bits_per_byte"] != rows[1]["bits_per_byte"]
     assert {"command", "commit", "device", "versions", "date"} <= rows[0].keys()
+    assert rows[0]["corpus"] == "python-stdlib" and len(rows[0]["corpus_sha256"]) == 16
+    assert len({row["corpus_sha256"] for row in rows}) == 1
+    assert 0 < rows[0]["epochs"] < 1e-3  # 256 of some ten million bytes
     assert "2.263" in capsys.readouterr().out
     assert (folder / "figure.png").stat().st_size > 1000
     before = (tmp_path / "runs").stat().st_mtime_ns

@@ -130,6 +130,17 @@ def test_schedule():
     np.testing.assert_allclose(rates[-1], 1e-3, rtol=1e-5)
 
 
+def test_inverse_square_root_schedule():
+    optim = dataclasses.replace(tiny_run("").optim, decay="inverse_sqrt")
+    rate = schedule(optim, 20)
+    rates = [float(rate(step)) for step in range(20)]
+    steps = np.arange(1, 21)
+    want = 1e-2 * np.where(steps < 4, steps / 4, np.sqrt(4 / steps))
+    np.testing.assert_allclose(rates, want, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"optim\.decay='linear' must be"):
+        dataclasses.replace(optim, decay="linear")
+
+
 def test_matrices_alone_decay():
     optim = dataclasses.replace(tiny_run("").optim, weight_decay=0.5, warmup_steps=0)
     params = {

@@ -1,0 +1,1 @@
+"""Ring Attention: arXiv 2310.01889."""
