@@ -150,8 +150,11 @@ def arms_table(rows: Sequence[Row], column: str, value: str, digits: int = 4) ->
 
 
 def draw_buckets(axes: Any, rows: Sequence[Row], field: str) -> None:
-    """A line per row over the buckets in its `field`, on a logarithmic axis."""
+    """A line per arm (its first seed) over the buckets in `field`, on a logarithmic axis."""
+    first: dict[str, Row] = {}
     for r in rows:
+        first.setdefault(r["arm"], r)
+    for r in first.values():
         shown = [b for b in r[field] if b["tokens"]]
         centres = [max((b["first"] + b["last"]) / 2, 0.5) for b in shown]
         axes.plot(centres, [b["bits_per_byte"] for b in shown], "o-", label=r["arm"])

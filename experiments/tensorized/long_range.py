@@ -9,6 +9,7 @@ between: exact recall in one layer is not expressible in general, and layers com
 """
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class Recall:
         return "\n".join(lines) + "\n"
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
-        """A bar per arm and task."""
+        """A bar per arm and task, the mean over seeds."""
         from matplotlib.figure import Figure  # slow to import
 
         tasks = list(dict.fromkeys(r["task"] for r in rows))
@@ -88,9 +89,12 @@ class Recall:
         figure = Figure(figsize=(8, 1 + 0.5 * len(arms)), layout="constrained")
         axes = figure.add_subplot(xlabel="share of right answers", xlim=(0, 1))
         for i, task in enumerate(tasks):
-            found = {r["arm"]: r["accuracy"] for r in rows if r["task"] == task}
+            means = [
+                statistics.mean(r["accuracy"] for r in rows if (r["arm"], r["task"]) == (arm, task))
+                for arm in arms
+            ]
             places = [y + 0.8 * i / len(tasks) for y in range(len(arms))]
-            axes.barh(places, [found[arm] for arm in arms], 0.8 / len(tasks), label=task)
+            axes.barh(places, means, 0.8 / len(tasks), label=task)
         axes.set_yticks([y + 0.4 - 0.4 / len(tasks) for y in range(len(arms))], arms)
         axes.invert_yaxis()
         axes.legend()
