@@ -105,11 +105,12 @@ class TrainingSpeed:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot(ylabel="tokens per second", yscale="log")
-        for name, paper in PAPER_SPEED.items():
+        for colour, (name, paper) in zip(("C0", "C1"), PAPER_SPEED.items(), strict=True):
             mine = [r for r in rows if r["model"] == name and "failed" not in r]
             ours = [(r["length"], r["tokens_per_second"]) for r in mine]
-            line = axes.plot(*zip(*ours, strict=True), "o-", label=f"{name}, {rows[0]['device']}")
-            colour = line[0].get_color()
+            if ours:
+                label = f"{name}, {rows[0]['device']}"
+                axes.plot(*zip(*ours, strict=True), "o-", color=colour, label=label)
             axes.plot(list(paper), list(paper.values()), ":", color=colour, label=f"{name}, paper")
         length_axis(axes, sorted({r["length"] for r in rows}), "sequence length")
         tidy(axes)
