@@ -47,7 +47,8 @@ def test_jsonl_parquet_and_gzip_hold_the_same_text(tmp_path):
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write(lines)
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"):
+    (tmp_path / "d.parquet.gz").write_bytes(gzip.compress((tmp_path / "c.parquet").read_bytes()))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.parquet.gz"):
         train, valid = both_splits(
             source=str(tmp_path / name), text_field="body", valid_fraction=0.2
         )
