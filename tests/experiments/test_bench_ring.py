@@ -55,7 +55,7 @@ def test_rows_and_chart(monkeypatch, tmp_path):
     monkeypatch.setattr(attention, "time_ms", time_once)
     monkeypatch.setattr(attention, "cases", remember)
     sizes = ("--devices", 1, 2, "--per-device", 128, "--totals", 256, "--heads", "2:1")
-    run(monkeypatch, command, *sizes, "--smoke", "--memory", 2e7, "--out", tmp_path)
+    run(monkeypatch, command, *sizes, "--smoke", "--memory", 1.5e7, "--out", tmp_path)
     rows = read_rows(tmp_path / "ring.jsonl")
     shares = [row["of_ideal"] for row in rows if "of_ideal" in row]
     assert shares == [0.5] * 6  # ring, all_gather, ulysses; forward, forward and backward
