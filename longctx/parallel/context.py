@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.parallel import cost
 from longctx.parallel.gather import gather_attention
+from longctx.parallel.hardware import hardware_in_use
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.ring import ring_attention
@@ -118,7 +119,7 @@ def context_attention(
             causal=causal,
             window=window,
             itemsize=q.dtype.itemsize,
-            hardware=cost.hardware_in_use(),
+            hardware=hardware_in_use(),
         ).strategy
     elif devices > 1:
         reason = cost.refusal(strategy, layout, devices, heads, kv_heads)

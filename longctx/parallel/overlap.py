@@ -8,7 +8,7 @@ No accelerator is needed, a program compiled ahead of time for a TPU or GPU will
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -97,25 +97,13 @@ def verify_overlap(compiled: jax.stages.Compiled | str, *, copies_of: int | None
         running: dict[str, tuple[_Instruction, list[str]]] = {}
         for i in instructions:
             if i.op in _COLLECTIVES:
-                moves.append(Move(i.op, i.name, i.bytes, True, (), times, program.group(i)))
+                moves.append(program.move(i, i.bytes, times, synchronous=True))
             elif (kind := program.started(i)) is not None:
                 running[i.name] = (dataclasses.replace(i, op=kind), [])
             elif (source := next((n for n in i.operands if n in running), None)) is not None:
                 if i.op.endswith("-done"):
                     start, hidden_by = running.pop(source)
-                    synchronous = '"is_sync":true' in start.rest or "is_sync=true" in start.rest
-                    members = program.group(start)
-                    moves.append(
-                        Move(
-                            start.op,
-                            start.name,
-                            i.bytes,
-                            synchronous,
-                            tuple(hidden_by),
-                            times,
-                            members,
-                        )
-                    )
+                    moves.append(program.move(start, i.bytes, times, hidden_by=hidden_by))
             elif program.computes(i):
                 for _, hidden_by in running.values():
                     hidden_by.append(i.name)
@@ -181,6 +169,19 @@ class _Program:
                     trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
                     repeated = times * int(trips[1]) if trips else times
                     waiting += [(repeated, called) for called in i.called]
+
+    def move(
+        self,
+        i: _Instruction,
+        size: int,
+        times: int,
+        *,
+        hidden_by: Sequence[str] = (),
+        synchronous: bool = False,
+    ) -> Move:
+        """The collective that `i` is or starts."""
+        synchronous |= '"is_sync":true' in i.rest or "is_sync=true" in i.rest
+        return Move(i.op, i.name, size, synchronous, tuple(hidden_by), times, self.group(i))
 
     def group(self, i: _Instruction) -> tuple[int, ...]:
         """The first group of devices that a collective joins, or its first pair."""

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
-from longctx.parallel.cost import HARDWARE, Cost, Hardware
+from longctx.parallel.cost import Cost
+from longctx.parallel.hardware import HARDWARE, Hardware
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from longctx.parallel import Layout, explain
-from longctx.parallel.cost import HARDWARE
+from longctx.parallel.hardware import HARDWARE
 from longctx.provenance import read_rows
 
 ROOT = Path(__file__).parents[3]
