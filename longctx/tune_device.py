@@ -227,12 +227,16 @@ def _part_of(attend: Callable[..., Any], part: str) -> Callable[..., Any]:
 
 
 def forward_tiles(width: int) -> list[dict[str, Any]]:
-    """Fields of `flash.GpuTiles` for the forward kernel whose rings fit shared memory."""
-    sizes = itertools.product((128, 192), (64, 128, 256), (2, 3))
+    """Fields of `flash.GpuTiles` for the forward kernel that fit shared memory and registers.
+
+    A thread holds width / 2 registers of o, kv / 2 of scores and kv / 4 of p.
+    """
+    sizes = itertools.product(((128, 240), (192, 160)), (64, 128, 256), (2, 3))
     return [
         {"forward": flash.KernelTiles(q=q, kv=kv, stages=stages)}
-        for q, kv, stages in sizes
+        for (q, registers), kv, stages in sizes
         if 2 * width * (q + 2 * kv * stages) <= SHARED_MEMORY
+        and width // 2 + 3 * kv // 4 < registers
     ]
 
 

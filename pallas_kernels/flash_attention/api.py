@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import numbers
 from types import ModuleType
 from typing import Any
 
@@ -14,11 +15,13 @@ from pallas_kernels import _dispatch
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import gpu, reference, tpu, xla
 from pallas_kernels.flash_attention.reference import merge
-from pallas_kernels.flash_attention.tiles import Spec
+from pallas_kernels.flash_attention.tiles import GpuTiles, Spec, Tiles, TpuTiles
 
 __all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "merge"]
 
+# The backends, and the tile class that each takes.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
+TILES: dict[str, type] = {"xla": Tiles, "tpu": TpuTiles, "gpu": GpuTiles}
 
 
 def flash_attention(
@@ -158,6 +161,9 @@ def _call(spec: Spec, backend: str, tiles: Any) -> _Call:
     if tiles is not None and backend == "auto":
         raise ValueError(f"{tiles=} belong to one backend: name it instead of backend='auto'")
     _dispatch.check_backend(backend, BACKENDS, spec)
+    if tiles is not None and type(tiles) is not TILES.get(backend):
+        wanted = TILES[backend].__name__ if backend in TILES else "None"
+        raise ValueError(f"{tiles=} with {backend=}: it must be {wanted}")
     return _Call(spec, backend, tiles)
 
 
@@ -249,6 +255,15 @@ def make_spec(
         raise ValueError(
             f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    for name, value, kind in (
+        ("window", window, numbers.Integral),
+        ("q_offset", q_offset, numbers.Integral),
+        ("scale", scale, numbers.Real),
+        ("soft_cap", soft_cap, numbers.Real),
+    ):
+        if value is not None and not isinstance(value, kind):
+            rule = f"a Python {kind.__name__} number; what is traced goes into lo and hi"
+            raise ValueError(f"{name}={value!r} must be {rule}")
     if window is not None and window < 1:
         raise ValueError(f"{window=} must be at least 1")
     if soft_cap is not None and soft_cap <= 0:

@@ -100,29 +100,16 @@ def test_there_is_nothing_to_tune_on_a_cpu(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [64, 128, 256])
-def test_candidates_compile_for_h100(width):
-    """All but the largest, which may need more registers or shared memory than there are."""
+def test_candidates_for_wide_heads_compile_for_h100():
     x = jax.ShapeDtypeStruct(
-        (1, 1024, 2, width), jnp.bfloat16, sharding=NamedSharding(gpu_mesh({"x": 1}), P())
+        (1, 1024, 2, 256), jnp.bfloat16, sharding=NamedSharding(gpu_mesh({"x": 1}), P())
     )
-    default, refused, tried = flash.GPU_TILES[width], [], 0
-    for part, candidates in (
-        ("forward", forward_tiles(width)),
-        ("gradients", backward_tiles(width)),
-        ("deterministic", row_tiles(width)),
-    ):
+    default = flash.GPU_TILES[256]
+    for part, candidates in (("forward", forward_tiles(256)), ("gradients", backward_tiles(256))):
         for fields in candidates:
-            try:
-                tiles = dataclasses.replace(default, **fields)
-            except ValueError:
-                continue
-            tried += 1
-            try:
-                flash_call("gpu", tiles, part).lower(x, x, x, x).compile()
-            except (RuntimeError, ValueError) as refusal:
-                refused.append((fields, str(refusal)[:200]))
-    assert tried >= 10 and len(refused) <= tried // 4, refused
+            tiles = dataclasses.replace(default, **fields)
+            compiled = flash_call("gpu", tiles, part).lower(x, x, x, x).compile()
+            assert "mosaic_gpu" in compiled.as_text()
 
 
 def test_lightning_candidates_lower():

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.flash_attention import Tiles, flash_attention
+from pallas_kernels.flash_attention.tiles import TpuTiles
 from tests.harness import assert_close, pullback_of
 from tests.pallas_kernels.flash_attention.cases import (
     TOLERANCE,
@@ -106,7 +107,15 @@ BAD = {
     "interval shape": (dict(lo=np.zeros((2, 9), np.int32)), "lo must be .B, T. = .2, 8."),
     "interval dtype": (dict(hi=np.zeros((2, 8), np.float32)), "hi must be integer"),
     "backend": (dict(backend="cuda"), "backend='cuda' must be one of"),
+    "window of half a key": (dict(window=2.5), "window=2.5 must be a Python Integral number"),
+    "offset in an array": (dict(q_offset=np.zeros(2)), "q_offset=.* must be a Python Integral"),
+    "scale in a word": (dict(scale="small"), "scale='small' must be a Python Real number"),
     "tiles": (dict(tiles=Tiles(16, 16)), "name it instead of"),
+    "tiles of another backend": (
+        dict(tiles=TpuTiles(128, 128, 128), backend="xla"),
+        "must be Tiles",
+    ),
+    "tiles without use": (dict(tiles=Tiles(16, 16), backend="reference"), "must be None"),
 }
 
 
