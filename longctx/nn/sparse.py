@@ -36,7 +36,7 @@ type KeyNorm = Literal["head", "all"]
 class TiedAttention(nnx.Module):
     """Causal attention whose keys are its normalised queries: the models of arXiv 2306.01160.
 
-    q, v = x W;  k = q / |q|;  y = softmax(q k^T / sqrt(D)) v Wo over the tokens up to each one.
+    q, v = x W;  k = q / norm(q);  y = softmax(q k^T / sqrt(D)) v Wo over the tokens up to each one.
     Signature and modes are those of `LightningAttention`.
 
     Args:
