@@ -8,9 +8,9 @@ untied one.
 Command: longctx reproduce experiments/sparse_flash/language_model.py --scale small
 Expected at equal steps: hash within noise of "dense tied"; drop 0.3 close to it, 0.5 and 0.7
 worse in that order. The small scale has 2048 tokens, where 4 buckets hold 512 tokens each as the
-paper's 16 at 8192 do, and two seeds of every arm. The paper scale has its shapes and schedule; its
-data is given by hand, for instance `longctx train experiments/sparse_flash/language_model.py:"hash
-nb=16" --data.source openwebtext2 --data.tokenizer gpt2/tokenizer.json`.
+paper's 16 at 8192 do, and two seeds of every arm. The paper scale reads OpenWebText2 and GPT-2's
+tokenizer from data/openwebtext2.jsonl.zst.tar and data/gpt2.json, and is trained arm by arm too:
+`longctx train experiments/sparse_flash/language_model.py:"hash nb=16"`.
 """
 
 import dataclasses
@@ -50,7 +50,12 @@ def gpt(width: int, layers: int, length: int, **changes: Any) -> ModelConfig:
 OPTIM = OptimConfig(learning_rate=1e-3, final_fraction=0.2, warmup_steps=300)
 PAPER = RunConfig(
     model=gpt(768, 12, 8192),
-    data=DataConfig(sequence_length=8192, batch_size=64),
+    data=DataConfig(
+        source="openwebtext2:data/openwebtext2.jsonl.zst.tar",
+        tokenizer="data/gpt2.json",
+        sequence_length=8192,
+        batch_size=64,
+    ),
     optim=OPTIM,
     train=TrainConfig(steps=15_000, accumulation=8, log_every=100, checkpoint_every=1000),
     eval=EvalConfig(every=1000, tokens=1 << 20),
