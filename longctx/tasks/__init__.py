@@ -22,6 +22,7 @@ TASKS: dict[str, Task] = {
     "variables": VariableTracking(),
     "common-words": CommonWords(),
     "mqar": MultiQueryRecall(),
+    "mqar-64": MultiQueryRecall(pairs=64),  # about what a state of 64 x 64 can hold
     "copying": Copying(),
     "induction": Induction(),
 }

@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention import flash_attention
 
 def test_arms_differ_by_their_mixers_alone():
     runs = recall.EXPERIMENT.runs("small")
-    assert len(runs) == 2 * len(recall.ARMS)
+    assert len(runs) == 3 * len(recall.ARMS)
     assert len({str(run.model) for run in runs.values()}) == len(recall.ARMS)
     kinds = {name: run.model.layer_kinds() for name, run in runs.items()}
     assert kinds["7 lightning : 1, mqar"].count("softmax") == 1
