@@ -12,7 +12,10 @@ from longctx.cli import parse
 from longctx.configs import RUNS
 from longctx.errors import UserError
 from longctx.generate import Sampling
+from longctx.launch import LaunchConfig, join
 from longctx.train.config import RunConfig
+
+ONE_OR_FOUND = LaunchConfig()
 
 TRAIN_HELP = f"""usage: longctx train NAME [--out DIR] [overrides]
 
@@ -38,8 +41,10 @@ class TrainOptions:
     """Train a run, or resume what its directory already holds."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    # Directory of the run; default runs/NAME.
+    # Directory of the run, which all processes must see; default runs/NAME.
     out: pathlib.Path
+    # How the processes of the run meet.
+    launch: LaunchConfig = ONE_OR_FOUND
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -49,11 +54,7 @@ def train(arguments: Sequence[str]) -> None:
         return
     name, *overrides = arguments
     default = TrainOptions(find_run(name), pathlib.Path("runs") / name.rpartition(":")[2])
-    options = parse(TrainOptions, f"train {name}", overrides, default=default)
-
-    from longctx.train.loop import train as run
-
-    run(options.run, options.out)
+    _launch(parse(TrainOptions, f"train {name}", overrides, default=default))
 
 
 def adapt(arguments: Sequence[str]) -> None:
@@ -63,13 +64,19 @@ def adapt(arguments: Sequence[str]) -> None:
         return
 
     from longctx.train.initial import source_config
-    from longctx.train.loop import train as run
 
     source, *overrides = arguments
     found = source_config(pathlib.Path(source))
     begun = dataclasses.replace(found, train=dataclasses.replace(found.train, init=source))
     default = TrainOptions(begun, pathlib.Path("runs") / f"{pathlib.Path(source).name}-adapted")
-    options = parse(TrainOptions, f"adapt {source}", overrides, default=default)
+    _launch(parse(TrainOptions, f"adapt {source}", overrides, default=default))
+
+
+def _launch(options: TrainOptions) -> None:
+    join(options.launch)
+
+    from longctx.train.loop import train as run
+
     run(options.run, options.out)
 
 

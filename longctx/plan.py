@@ -2,13 +2,12 @@
 
 The step is compiled ahead of time for a real topology; the compiler then says how much memory
 each device needs and which collectives run when. No device of that kind has to be there, but its
-compiler has: libtpu for TPUs.
+compiler has (`longctx.topologies`).
 """
 
 import dataclasses
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import tyro
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -31,28 +29,10 @@ from longctx.models import count_parameters
 from longctx.parallel.mesh import BATCH, make_mesh
 from longctx.parallel.overlap import Move, verify_overlap
 from longctx.provenance import origin
+from longctx.topologies import memory_of, topology_devices
 from longctx.train.config import RunConfig
 from longctx.train.flops import device_peak, step_flops
 from longctx.train.step import abstract_state, make_train_step
-
-# Bytes of device memory that programs may use, by the generation in a topology's name (makers'
-# sheets; a TPU7x chip is two devices).
-HBM = {
-    "v4": 32e9,
-    "v5e": 16e9,
-    "v5p": 95e9,
-    "v6e": 32e9,
-    "tpu7x": 96e9,
-}
-
-# Keeps libtpu from looking for a TPU, and from refusing to run beside another process.
-ALONE = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +40,8 @@ class PlanOptions:
     """Compile the training step of a run for a pod and report memory, collectives and FLOPs."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")]
-    # Generation and shape, as in v5p:4x4x4, v5e:16x16, v6e:2x4, tpu7x:2x2x1.
+    # Generation and shape, as in v5p:4x4x4, v5e:16x16, v6e:2x4, tpu7x:2x2x1; 2xv5p:4x4x4 for two
+    # slices; h100:8, h200:16 for GPUs, eight to a host.
     topology: str = "v5p:2x2x1"
     # Where the report goes as JSON; empty: only to the screen.
     out: str = ""
@@ -81,21 +62,6 @@ def plan(arguments: Sequence[str]) -> None:
     if options.out:
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(report | origin(), indent=2) + "\n")
-
-
-def topology_devices(topology: str) -> Sequence[jax.Device]:
-    """The devices of a topology such as "v5p:4x4x4".
-
-    Raises:
-      UserError: the compiler does not know it, or is not installed.
-    """
-    for name, value in ALONE.items():
-        os.environ.setdefault(name, value)
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
-        first = str(error).split("\n", maxsplit=1)[0]
-        raise UserError(f"topology {topology}: {first} (libtpu must be installed)") from error
 
 
 def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
@@ -129,8 +95,7 @@ def report_of(config: RunConfig, topology: str) -> dict[str, Any]:
         first = str(error).split("\n", maxsplit=1)[0]
         raise UserError(f"the step does not compile for {topology}: {first}") from error
     seconds = time.perf_counter() - began
-    memory = bytes_per_device(compiled)
-    available = HBM.get(topology.partition(":")[0])
+    memory, available = bytes_per_device(compiled), memory_of(topology)
     length = config.data.sequence_length
     flops = step_flops(config.model, length, config.tokens_per_step) / len(devices)
     peak = device_peak(devices[0])

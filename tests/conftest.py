@@ -17,6 +17,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Commands run here in a process whose devices are in use: too late to ask for a cluster."""
+    monkeypatch.setattr("longctx.commands.join", lambda config: None)
+
+
 @pytest.fixture
 def strict_dtypes():
     """No implicit dtype promotion; for operators only, since optax relies on promotion."""

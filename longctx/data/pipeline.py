@@ -38,23 +38,23 @@ def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus 
 
 
 def train_batches(
-    corpus: Corpus | Episodes, config: DataConfig, *, process: int = 0, processes: int = 1
+    corpus: Corpus | Episodes, config: DataConfig, *, part: int = 0, parts: int = 1
 ) -> grain.DatasetIterator:
-    """Endless shuffled batches of `Example`, this process's rows of each.
+    """Endless shuffled batches of `Example`, the rows of one part of each.
 
-    The union of the rows over the processes does not depend on their number. The order is a
+    The union of the rows over the parts does not depend on their number. The order is a
     function of `config.seed`, new in each pass over the corpus. `get_state` and `set_state` of
     the iterator resume it exactly.
 
     Raises:
       DataError: the corpus is shorter than a sequence, or the batch does not divide.
     """
-    if config.batch_size % processes:
-        raise DataError(f"data.batch_size={config.batch_size} must divide by {processes} processes")
+    if config.batch_size % parts:
+        raise DataError(f"data.batch_size={config.batch_size} must divide by {parts} processes")
     rows = grain.MapDataset.source(corpus.windows(config.sequence_length))
-    rows = rows.shuffle(seed=config.seed).repeat()[process::processes]
+    rows = rows.shuffle(seed=config.seed).repeat()[part::parts]
     # There is no last batch; without drop_remainder grain loses count of batches of one.
-    batches = rows.batch(config.batch_size // processes, drop_remainder=True, batch_fn=stack)
+    batches = rows.batch(config.batch_size // parts, drop_remainder=True, batch_fn=stack)
     # Reading is slicing an array: one thread that stays two batches ahead is enough.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(batches.to_iter_dataset(options))

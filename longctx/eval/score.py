@@ -1,6 +1,7 @@
 """The held-out score: bits per byte at a sequence length, and by tokens of context."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,7 +17,7 @@ from longctx.data.episodes import EpisodeRows, Episodes
 from longctx.data.packing import Corpus, Example, Windows
 from longctx.data.pipeline import stack
 from longctx.eval.nll import MODEL_FIELDS, token_nll
-from longctx.parallel.layout import Kind, Layout
+from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH
 
 # Contexts shorter than this form one bucket; each further bucket is as wide as all before it.
@@ -57,7 +58,7 @@ def make_scorer(
     tokens: int,
     mesh: Mesh,
     block: int | None = None,
-    layout: Kind = "contiguous",
+    layout: Layout | Kind = "contiguous",
 ) -> Scorer:
     """A function of (parameters, other variables) that scores the model on part of a corpus.
 
@@ -84,9 +85,9 @@ def make_scorer(
     batch_size = shards * max(1, BATCH_TOKENS // (length * shards))
     bounds = _bounds(length)
     bits_per_nat = 1 / (math.log(2) * corpus.bytes_per_token)
-    sharding, order = NamedSharding(mesh, P(BATCH, "seq")), Layout(layout, mesh.shape["seq"])
+    sharding, order = NamedSharding(mesh, P(BATCH, "seq")), as_layout(layout, mesh.shape["seq"])
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def bucket_sums(
         params: nnx.State, rest: nnx.State, batch: dict[str, Int[Array, "B T"]]
     ) -> Float[Array, "2 K"]:

@@ -12,7 +12,7 @@ from longctx.nn.sparse import KeyNorm
 from longctx.nn.stack import Remat
 from longctx.parallel.context import Strategy
 from longctx.parallel.lasp import Exchange
-from longctx.parallel.layout import Kind
+from longctx.parallel.layout import Kind, Layout
 
 MIXERS = ("lightning", "softmax", "window", "tied", "hash", "drop", "tensorized")
 POSITIONS = ("mix", "lrpe_d", "exp_decay", "lrpe", "absolute")
@@ -131,6 +131,12 @@ class ParallelConfig:
     strategy: Strategy = "auto"  # of softmax layers: `context_attention`
     states: Exchange = "all_gather"  # of lightning layers: `context_lightning`
     layout: Kind = "contiguous"  # order of tokens; zigzag balances causal attention
+    ranks: int = 0  # of the layout, for "usp" (Ulysses inside a rank); 0: one per device
+
+    @property
+    def token_layout(self) -> Layout | Kind:
+        """The order of tokens, as `context_attention` and `as_layout` take it."""
+        return Layout(self.layout, self.ranks) if self.ranks else self.layout
 
 
 @dataclasses.dataclass(frozen=True)

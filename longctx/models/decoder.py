@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
                 tokens.shape[1],
                 doc_start=doc_start,
                 cache=cache,
-                layout=self.parallel.layout,
+                layout=self.parallel.token_layout,
                 axis=self.axes.seq,
             )
         x = self.embedding(tokens)
@@ -215,7 +215,7 @@ def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[st
                 norm=linear.norm,
                 norm_eps=linear.norm_eps,
                 strategy=parallel.states,
-                layout=parallel.layout,
+                layout=parallel.token_layout,
                 **shared,
             )
         case "tied":
@@ -232,7 +232,7 @@ def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[st
         *heads,
         window=soft.window if kind == "window" else None,
         strategy=parallel.strategy,
-        layout=parallel.layout,
+        layout=parallel.token_layout,
         **rotary,
         **shared,
     )

@@ -45,7 +45,11 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table [V, M] of vectors, looked up by integer."""
+    """A table [V, M] of vectors, looked up by integer.
+
+    The devices along `fsdp` look up their columns for the tokens of all of them, and then swap
+    columns for tokens: neither the table nor its gradient is ever whole on one device.
+    """
 
     def __init__(
         self,
@@ -60,11 +64,14 @@ class Embedding(nnx.Module):
     ):
         init = jax.nn.initializers.normal(std)
         self.table = parameter(init, (rows, width), param_dtype, (axes.tensor, axes.fsdp), rngs)
+        shared = tuple(name for name in axes.batch if name != axes.fsdp)
+        self.columns = P(shared, axes.seq, axes.fsdp)
         self.dtype = dtype
 
     def __call__(self, index: Int[Array, "*rows"]) -> Float[Array, "*rows M"]:
         """Rows of the table in the compute dtype."""
         # Rows are rounded after the look-up, so that a frequent token's gradient, the sum over
         # all its occurrences, is taken in the parameters' dtype.
-        rows = jnp.take(place(self.table[...], P()), index, axis=0, mode="clip")
-        return rows.astype(self.dtype)
+        everyone = place(index, P(*self.columns[:-1]))
+        rows = jnp.take(self.table[...], everyone, axis=0, mode="clip")
+        return place(rows, self.columns).astype(self.dtype)

@@ -1,6 +1,7 @@
 """Mesh axis names of the modules, parameters that carry them, and placement on the mesh in use."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,8 +35,12 @@ class Axes:
 
     @property
     def hidden(self) -> P:
-        """Spec of the residual stream, [B, T, M]."""
-        return P(self.batch, self.seq, None)
+        """Spec of the residual stream, [B, T, M], between blocks and so of what they save.
+
+        Along `tensor`, too, every device keeps its own tokens, gathered before the projections
+        and summed by a reduce-scatter after them (2205.05198, sequence parallelism).
+        """
+        return P(self.batch, tuple(name for name in (self.seq, self.tensor) if name), None)
 
 
 DEFAULT_AXES = Axes()
@@ -69,6 +74,8 @@ def parameter(
 def place(x: Array, spec: P) -> Array:
     """`x` split by `spec` over the Auto axes of the mesh in use; `x` itself without a mesh.
 
+    Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
+
     Weights are placed without their `fsdp` axis right before use: it is the weights that XLA
     then gathers, in the compute dtype, and never the activations.
     """
@@ -77,8 +84,12 @@ def place(x: Array, spec: P) -> Array:
     if not free:
         return x
 
-    def keep(entry: Any) -> tuple[str, ...] | None:
-        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        return tuple(name for name in names if name in free) or None
+    def keep(size: int, entry: Any) -> tuple[str, ...] | None:
+        given = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        names = tuple(name for name in given if name in free)
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names or None
 
-    return jax.lax.with_sharding_constraint(x, P(*map(keep, spec)))
+    kept = [keep(size, entry) for size, entry in zip(x.shape, spec, strict=False)]
+    return jax.lax.with_sharding_constraint(x, P(*kept))

@@ -1,6 +1,7 @@
 """Softmax attention over a sequence that is sharded over devices: one call, several strategies."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -14,7 +15,12 @@ from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.ring import ring_attention
 from longctx.parallel.shards import Shards
-from longctx.parallel.ulysses import ulysses_attention, whole_attention
+from longctx.parallel.ulysses import (
+    kv_copies,
+    repeat_heads,
+    ulysses_attention,
+    whole_attention,
+)
 
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "usp"]
 
@@ -100,11 +106,13 @@ def context_attention(
     layout = as_layout(layout, devices)
     layout.check(length, devices)
     split = free_size(head_axis)
-    if k.shape[2] % split or q.shape[2] % k.shape[2]:
+    if q.shape[2] % k.shape[2] or q.shape[2] % math.lcm(k.shape[2], split):
         raise ValueError(
-            f"{q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads, and "
-            f"these of the {split} devices along {head_axis=}"
+            f"{q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads and of "
+            f"the {split} devices along {head_axis=}"
         )
+    copies = kv_copies(q.shape[2], k.shape[2], split)
+    k, v = (repeat_heads(x, copies * x.shape[2]) for x in (k, v))
     heads, kv_heads = q.shape[2] // split, k.shape[2] // split
     if strategy == "auto":
         strategy = cost.explain(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,10 +50,13 @@ def make_mesh(
     """The mesh of `config`, or of axis sizes given by name: `make_mesh(data=2, seq=4)`.
 
     The first `config.size` of `devices` (default: all devices) are used; neighbours along `seq`
-    and `tensor` are the closest. Nothing global is set: use it with `jax.set_mesh`.
+    and `tensor` are the closest. Devices of several slices, which a slower network joins, are cut
+    along the outermost axes that allow it: along `data` if it is as large as their number. Nothing
+    global is set: use it with `jax.set_mesh`.
 
     Raises:
-      ValueError: there are fewer devices than `config` needs.
+      ValueError: there are fewer devices than `config` needs, or processes without a device in
+        the mesh, or the slices cannot be laid along the axes.
       TypeError: both a config and sizes are given, or a size names no axis.
     """
     if config is not None and sizes:
@@ -60,12 +65,49 @@ def make_mesh(
     available = jax.devices() if devices is None else list(devices)
     if config.size > len(available):
         raise ValueError(f"{config} needs {config.size} devices, there are {len(available)}")
-    return jax.make_mesh(
-        tuple(config.shape.values()),
-        AXES,
-        axis_types=(axis_type,) * len(AXES),
-        devices=available[: config.size],
+    chosen = available[: config.size]
+    if devices is None and len({d.process_index for d in chosen}) < jax.process_count():
+        raise ValueError(
+            f"{config} uses {config.size} of the {len(available)} devices of "
+            f"{jax.process_count()} processes: every process must have one in the mesh"
+        )
+    arranged = _arrange(config, chosen)
+    return Mesh(arranged, AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def _arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, near ones near each other."""
+    sizes = tuple(config.shape.values())
+    slices = left = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    outer = []
+    for size in sizes:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    if left > 1:
+        raise ValueError(f"{config} cannot be laid over {slices} slices: no axes multiply to that")
+    inner = [size // n for size, n in zip(sizes, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
     )
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """The rows of a batch that this process needs, as (part, parts): rows [part, part + 1) / parts.
+
+    (0, 1), all rows, where the devices of processes do not cut the batch into even parts: for
+    instance when all of them lie along `seq`.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    row_of = np.arange(rows).repeat(mesh.size // rows)
+    processes = np.array([device.process_index for device in mesh.devices.flat])
+    held = {p: sorted({*row_of[processes == p].tolist()}) for p in processes.tolist()}
+    parts = {tuple(block) for block in held.values()}
+    size = rows // len(parts)
+    if parts != {tuple(range(i * size, (i + 1) * size)) for i in range(len(parts))}:
+        return 0, 1
+    return held[jax.process_index()][0] // size, len(parts)
 
 
 def fitting_sharding(spec: P | None, shape: Sequence[int], mesh: Mesh) -> NamedSharding:

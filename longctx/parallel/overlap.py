@@ -94,22 +94,41 @@ def verify_overlap(compiled: jax.stages.Compiled | str, *, copies_of: int | None
     program = _Program(text)
     moves, copies = [], []
     for times, instructions in program.reachable():
-        running: dict[str, tuple[_Instruction, list[str]]] = {}
+        moves += _moves(program, times, instructions)
         for i in instructions:
-            if i.op in _COLLECTIVES:
-                moves.append(program.move(i, i.bytes, times, synchronous=True))
-            elif (kind := program.started(i)) is not None:
-                running[i.name] = (dataclasses.replace(i, op=kind), [])
-            elif (source := next((n for n in i.operands if n in running), None)) is not None:
-                if i.op.endswith("-done"):
-                    start, hidden_by = running.pop(source)
-                    moves.append(program.move(start, i.bytes, times, hidden_by=hidden_by))
-            elif program.computes(i):
-                for _, hidden_by in running.values():
-                    hidden_by.append(i.name)
             if i.op in ("copy", "copy-start") and i.bytes == copies_of:
                 copies.append((i.name, i.bytes))
     return Overlap(tuple(moves), tuple(copies))
+
+
+def _moves(program: "_Program", times: int, instructions: list["_Instruction"]) -> list[Move]:
+    """The collectives of one computation, in the order in which they end."""
+    found = []
+    # What has started, by every name under which it is handed on until it is done.
+    running: dict[str, tuple[_Instruction, list[str]]] = {}
+
+    for i in instructions:
+        source = next((running[n] for n in i.operands if n in running), None)
+        if i.op in _COLLECTIVES:
+            found.append(program.move(i, i.bytes, times, synchronous=True))
+        elif program.fused_scatter(i):
+            scatter = dataclasses.replace(i, op="reduce-scatter")
+            found.append(program.move(scatter, i.bytes, times, synchronous=True))
+        elif source is not None and (i.op.endswith("-done") or "collective-done" in i.name):
+            start, hidden_by = source
+            running = {name: what for name, what in running.items() if what[0] is not start}
+            found.append(program.move(start, i.bytes, times, hidden_by=hidden_by))
+        elif (kind := program.started(i)) is not None:
+            running[i.name] = (dataclasses.replace(i, op=kind), [])
+        else:
+            if program.computes(i) and (source is None or program.weaves(i)):
+                for hidden_by in {id(what[1]): what[1] for what in running.values()}.values():
+                    hidden_by.append(i.name)
+            if source is not None and (
+                i.op.endswith("-update") or i.op == "get-tuple-element" or program.weaves(i)
+            ):
+                running[i.name] = source
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +185,26 @@ class _Program:
             yield times, self.computations[name]
             for i in self.computations[name]:
                 if i.op in ("while", "conditional", "call"):
-                    trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
-                    repeated = times * int(trips[1]) if trips else times
-                    waiting += [(repeated, called) for called in i.called]
+                    waiting += [(times * self.trips(i), called) for called in i.called]
+
+    def trips(self, i: _Instruction) -> int:
+        """How often a loop runs: as XLA notes it, or up to the one number it compares with."""
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest):
+            return int(noted[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", i.rest)
+        tests = self.computations.get(condition[1], []) if condition else []
+        bounds = [int(j.rest.partition(")")[0]) for j in tests
+                  if j.op == "constant" and j.type.startswith("s32[]")]  # fmt: skip
+        counted = any(j.op == "compare" and "direction=LT" in j.rest for j in tests)
+        return bounds[0] if counted and len(bounds) == 1 else 1
+
+    def fused_scatter(self, i: _Instruction) -> bool:
+        """Whether `i` is a reduce-scatter as TPUs write it: an all-reduce fused with its slice."""
+        return i.op == "fusion" and any("all-reduce-scatter" in name for name in i.called)
+
+    def weaves(self, i: _Instruction) -> bool:
+        """Whether `i` computes and moves on a collective that has started (TPU v5e)."""
+        return i.op == "fusion" and any("async_collective_fusion" in name for name in i.called)
 
     def move(
         self,
@@ -179,9 +215,12 @@ class _Program:
         hidden_by: Sequence[str] = (),
         synchronous: bool = False,
     ) -> Move:
-        """The collective that `i` is or starts."""
+        """The collective that `i` is or starts, and whose result has `size` bytes."""
+        members = self.group(i)
+        if i.op == "reduce-scatter":  # of which every member keeps a part only
+            size *= len(members)
         synchronous |= '"is_sync":true' in i.rest or "is_sync=true" in i.rest
-        return Move(i.op, i.name, size, synchronous, tuple(hidden_by), times, self.group(i))
+        return Move(i.op, i.name, size, synchronous, tuple(hidden_by), times, members)
 
     def group(self, i: _Instruction) -> tuple[int, ...]:
         """The first group of devices that a collective joins, or its first pair."""
@@ -207,11 +246,11 @@ class _Program:
         """The kind of the collective that `i` starts, if it starts one."""
         if i.op.removesuffix("-start") in _COLLECTIVES:
             return i.op.removesuffix("-start")
-        if i.op in ("async-start", "fusion") and ("async" in i.name or i.op == "async-start"):
-            for name in i.called:
-                for inner in self.computations.get(name, []):
-                    if inner.op.removesuffix("-start") in _COLLECTIVES:
-                        return inner.op.removesuffix("-start")
+        fused = i.op == "fusion" and "async" in i.name and "done" not in i.name
+        if fused or i.op in ("async-start", "call-start"):  # the latter: on another core
+            inner = (j for name in i.called for j in self.computations.get(name, []))
+            kinds = (j.op.removesuffix("-start") for j in inner)
+            return next((kind for kind in kinds if kind in _COLLECTIVES), None)
         return None
 
     def computes(self, i: _Instruction) -> bool:

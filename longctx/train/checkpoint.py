@@ -1,13 +1,13 @@
 """Checkpoints: saved in the background, restored from the newest one that can be read."""
 
 import pathlib
-import shutil
 from typing import Any
 
 import grain
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from longctx.launch import say
 from longctx.train.config import RunError
 from longctx.train.step import TrainState
 
@@ -23,10 +23,10 @@ DAMAGED = (ValueError, OSError, KeyError)
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step.
+    """The checkpoints of one run, by step; whole for any number of processes and any mesh.
 
     Each holds `model` (parameters, constants, random streams), `optimizer` (moments and step) and
-    `data` (the position of the input pipeline).
+    `data` (the position of the input pipeline, the same in all processes).
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(_model(state)),
                 optimizer=ocp.args.StandardSave(_optimizer(state)),
-                data=grain.checkpoint.CheckpointSave(batches),
+                data=ocp.args.JsonSave(batches.get_state()),
             ),
         )
         self.last_saved = step
@@ -77,14 +77,14 @@ class Checkpoints:
         found = self._newest(
             model=ocp.args.StandardRestore(_model(target)),
             optimizer=ocp.args.StandardRestore(_optimizer(target)),
-            data=grain.checkpoint.CheckpointRestore(batches),
+            data=ocp.args.JsonRestore(),
         )
         if found is None:
             return None
         step, items = found
         for newer in [s for s in self._manager.all_steps() if s > step]:
-            shutil.rmtree(self.directory / str(newer))
-        self._manager.reload()
+            self._manager.delete(newer)
+        batches.set_state(items["data"])
         self.last_saved = step
         return TrainState(**items["model"], **items["optimizer"])
 
@@ -98,14 +98,14 @@ class Checkpoints:
 
     def _newest(self, **items: ocp.args.CheckpointArgs) -> tuple[int, Any] | None:
         for name in self._unfinished:
-            print(f"skipping {self.directory / name}: half-written")
+            say(f"skipping {self.directory / name}: half-written")
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
                 return step, self._manager.restore(step, args=ocp.args.Composite(**items))
             except DAMAGED as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                print(f"skipping {self.directory / str(step)}: it cannot be read ({reason})")
+                say(f"skipping {self.directory / str(step)}: it cannot be read ({reason})")
         if steps or self._unfinished:
             raise RunError(
                 f"no checkpoint in {self.directory} can be read; remove the run to start anew"

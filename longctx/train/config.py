@@ -10,7 +10,7 @@ from longctx.data.config import DataConfig
 from longctx.errors import UserError
 from longctx.models import ModelConfig
 from longctx.models.config import ParallelConfig
-from longctx.parallel.layout import Layout
+from longctx.parallel.layout import as_layout
 from longctx.parallel.mesh import MeshConfig
 from longctx.train.serialize import from_json, to_json
 
@@ -144,12 +144,13 @@ class RunConfig:
                 f"data.batch_size={self.data.batch_size} must divide by mesh.data x mesh.fsdp x "
                 f"train.accumulation = {shards}"
             )
-        if self.data.sequence_length % (self.mesh.seq * self.mesh.tensor):
+        if self.data.sequence_length % self.mesh.seq:
             raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} must divide by mesh.seq x "
-                f"mesh.tensor = {self.mesh.seq * self.mesh.tensor}"
+                f"data.sequence_length={self.data.sequence_length} must divide by "
+                f"mesh.seq={self.mesh.seq}"
             )
-        Layout(self.parallel.layout, self.mesh.seq).check(self.data.sequence_length, self.mesh.seq)
+        layout = as_layout(self.parallel.token_layout, self.mesh.seq)
+        layout.check(self.data.sequence_length, self.mesh.seq)
         rows = self.model.learned_positions
         if rows and self.data.sequence_length > rows:
             raise ValueError(

@@ -11,7 +11,8 @@ from longctx.data.episodes import Episodes
 from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus, train_batches
 from longctx.eval.score import make_scorer
-from longctx.parallel.mesh import make_mesh
+from longctx.launch import is_primary, say
+from longctx.parallel.mesh import batch_share, make_mesh
 from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
 from longctx.train.config import RunConfig, RunError, check_directory, write_config
 from longctx.train.initial import begin_with
@@ -64,24 +65,21 @@ class _Run:
         vocab_size, length = config.model.vocab_size, config.data.sequence_length
         corpus = load_corpus(config.data, "train", vocab_size=vocab_size)
         held_out = load_corpus(config.data, "valid", vocab_size=vocab_size)
-        self._batches = train_batches(
-            corpus, config.data, process=jax.process_index(), processes=jax.process_count()
-        )
+        part, parts = batch_share(mesh)
+        self._batches = train_batches(corpus, config.data, part=part, parts=parts)
         self._score = make_scorer(
             graph,
             held_out,
             length,
             tokens=config.eval.tokens,
             mesh=mesh,
-            layout=config.parallel.layout,
+            layout=config.parallel.token_layout,
         )
-        primary = jax.process_index() == 0  # the process that writes and speaks
-        if primary:
-            check_directory(config, out)
+        check_directory(config, out)
         self._checkpoints = Checkpoints(out / CHECKPOINTS, keep=config.train.checkpoints_kept)
         self.done, self.state = self._restore_or_create()
         self._sinks: list[Sink] = []
-        if primary:
+        if is_primary():
             forget_after(out / "metrics.jsonl", self.done)
             self._sinks = open_sinks(out, config.train.trackers)
             self._sinks.append(ProgressView(config.train.steps, self.done))
@@ -90,7 +88,7 @@ class _Run:
         self._meter = Meter(config, corpus.bytes_per_token, self._sinks, self._checkpoints)
         first, last = config.train.profile_steps
         if 0 < last <= self.done:
-            print(f"train.profile={config.train.profile}: no trace, the run is past these steps")
+            say(f"train.profile={config.train.profile}: no trace, the run is past these steps")
         self._profiler = Profiler(out, first, last)
 
     def _restore_or_create(self) -> tuple[int, TrainState]:
@@ -98,7 +96,7 @@ class _Run:
         found = self._checkpoints.restore(target, self._batches)
         if found is None:
             return 0, self._first_state()
-        print(f"{self._out}: going on after step {int(found.step)}")
+        say(f"{self._out}: going on after step {int(found.step)}")
         return int(found.step), found
 
     def _first_state(self) -> TrainState:
@@ -106,7 +104,7 @@ class _Run:
         if not source:
             return state
         state, fresh = begin_with(state, self._config, pathlib.Path(source), self._mesh)
-        print(f"parameters from {source}; random: {', '.join(fresh) or 'none'}")
+        say(f"parameters from {source}; random: {', '.join(fresh) or 'none'}")
         return state
 
     def steps(self, stop: StopSignal) -> None:
@@ -117,7 +115,7 @@ class _Run:
             self._profiler.before(step)
             batch = next(self._batches)
             self.state, metrics = advance(
-                self.state, put_batch(batch, self._mesh, self._config.parallel.layout)
+                self.state, put_batch(batch, self._mesh, self._config.parallel.token_layout)
             )
             self._meter.push(step, metrics, batch["index"])
             self._profiler.after(step, metrics)
@@ -127,7 +125,7 @@ class _Run:
                 self._save(step)
             if step < train.steps and stop.after(step):
                 self._save(step)
-                print(f"stopped by a signal after step {step}; the same command resumes")
+                say(f"stopped by a signal after step {step}; the same command resumes")
                 raise SystemExit(stop.exit_code)
 
     def _evaluate(self, step: int) -> None:

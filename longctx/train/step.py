@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -14,8 +15,9 @@ from jaxtyping import Array, Float, Int
 from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
 from longctx.nn.draw import redraw
-from longctx.parallel.layout import Kind, Layout
-from longctx.parallel.mesh import BATCH, fitting_sharding
+from longctx.parallel.layout import Kind, Layout, as_layout
+from longctx.parallel.mesh import BATCH, batch_share, fitting_sharding
+from longctx.train.compiler import compiler_options
 from longctx.train.config import RunConfig
 from longctx.train.optim import make_optimizer, schedule
 
@@ -74,17 +76,32 @@ def create_state(config: RunConfig, mesh: Mesh) -> TrainState:
     return jax.jit(lambda: initial_state(config), out_shardings=shardings)()
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh, layout: Kind = "contiguous") -> Batch:
-    """This process's rows of a batch as global arrays, tokens in the order of `layout`."""
-    sharding, order = NamedSharding(mesh, P(BATCH, "seq")), Layout(layout, mesh.shape["seq"])
-    return {
-        f: jax.make_array_from_process_local_data(sharding, order.apply(batch[f]))
-        for f in MODEL_FIELDS
-    }
+def put_batch(batch: dict[str, Any], mesh: Mesh, layout: Layout | Kind = "contiguous") -> Batch:
+    """This process's share of a batch as global arrays, tokens in the order of `layout`.
+
+    `batch` has the rows that `batch_share(mesh)` names, whole: the process may hold some of their
+    tokens only.
+    """
+    sharding, order = NamedSharding(mesh, P(BATCH, "seq")), as_layout(layout, mesh.shape["seq"])
+    part, parts = batch_share(mesh)
+
+    def whole(rows: np.ndarray) -> Array:
+        laid_out, first = order.apply(rows), part * len(rows)
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "every shard has its place"
+            start, stop, _ = index[0].indices(parts * len(rows))
+            return laid_out[start - first : stop - first, index[1]]
+
+        return jax.make_array_from_callback((parts * len(rows), rows.shape[1]), sharding, shard)
+
+    return {f: whole(batch[f]) for f in MODEL_FIELDS}
 
 
 def make_train_step(config: RunConfig) -> jax.stages.Wrapped:
     """The jitted step (TrainState, Batch) -> (TrainState, Metrics); it consumes the state given.
+
+    It is compiled for the devices of the mesh in use.
 
     The loss is the mean over the batch's targets. With accumulation the batch is cut into slices
     of interleaved rows, so that every device keeps its own rows, and their gradients are added.
@@ -129,4 +146,4 @@ def make_train_step(config: RunConfig) -> jax.stages.Wrapped:
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, rest, moments), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())

@@ -70,16 +70,16 @@ def test_resumes_exactly():
             np.testing.assert_array_equal(got[field], want[field])
 
 
-def test_processes_share_out_the_same_batches():
+def test_parts_share_out_the_same_batches():
     config = DataConfig(sequence_length=1, batch_size=4)
     alone = itertools.islice(batches_of(config), 7)
-    parts = [batches_of(config, process=i, processes=2) for i in range(2)]
+    parts = [batches_of(config, part=i, parts=2) for i in range(2)]
     for whole in alone:
         rows = [next(part)["index"] for part in parts]
         assert [len(r) for r in rows] == [2, 2]
         assert sorted(np.concatenate(rows)) == sorted(whole["index"])
     with pytest.raises(DataError, match="batch_size=4 must divide by 3 processes"):
-        batches_of(config, process=0, processes=3)
+        batches_of(config, part=0, parts=3)
 
 
 def test_token_outside_the_vocabulary(tmp_path):

@@ -10,9 +10,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longctx.models import ParallelConfig, build
+from longctx.models import ParallelConfig, SoftmaxConfig, build
 from longctx.nn import chunked_cross_entropy, token_positions
 from longctx.parallel import Layout, make_mesh
+from longctx.parallel.layout import as_layout
 from tests.harness import assert_close
 from tests.longctx.models.tiny import CONFIGS, tiny_model
 
@@ -80,6 +81,49 @@ def test_all_axes_and_the_zigzag_layout_equal_one_device():
     parallel = ParallelConfig(strategy="ring", layout="zigzag")
     config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, chunk=5))
     got, _ = run(config, parallel, Layout("zigzag", 2), fsdp=2, seq=2, tensor=2)
+    assert_close(got, want, 1e-5)
+
+
+ONE_KV_HEAD = dataclasses.replace(
+    CONFIGS["transformer"],
+    vocab_size=52,  # divides by four
+    softmax=SoftmaxConfig(num_heads=4, num_kv_heads=1, head_dim=8),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel", "sizes"),
+    [
+        pytest.param(CONFIGS["tnl"], None, {"data": 2, "fsdp": 2, "tensor": 2}, id="tnl"),
+        pytest.param(ONE_KV_HEAD, None, {"data": 2, "tensor": 4}, id="one key head for four"),
+        pytest.param(
+            CONFIGS["tnl"],
+            ParallelConfig(),
+            {"data": 2, "seq": 2, "tensor": 2},
+            id="tnl, sequence",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            CONFIGS["hybrid"],
+            ParallelConfig(strategy="usp", layout="zigzag", ranks=2),
+            {"seq": 4, "tensor": 2},
+            id="hybrid, usp",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            CONFIGS["transformer"],
+            ParallelConfig(strategy="ulysses"),
+            {"data": 2, "fsdp": 2, "seq": 2},
+            id="transformer, ulysses",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_combined_axes_equal_one_device(config, parallel, sizes):
+    """Loss and gradients: heads, MLP columns and vocabulary over `tensor`, norms over all heads."""
+    want, _ = run(config)
+    layout = as_layout(parallel.token_layout, sizes.get("seq", 1)) if parallel else None
+    got, _ = run(config, parallel, layout, **sizes)
     assert_close(got, want, 1e-5)
 
 

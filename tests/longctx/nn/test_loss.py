@@ -1,11 +1,18 @@
 """The chunked loss against the plain one, and the memory it needs."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from longctx.nn import chunked_cross_entropy
-from tests.harness import check_op
+from longctx.parallel import make_mesh
+from tests.harness import assert_close, check_op
 
 
 def plain(hidden, head, targets):
@@ -27,6 +34,29 @@ def test_equals_plain_loss(chunk):
         return chunked_cross_entropy(*args, chunk=chunk)
 
     check_op(chunked, plain, inputs(2, 11, 16, 33), wrt=(0, 1), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 4}, {"data": 2, "seq": 2, "tensor": 2}])
+def test_vocabulary_over_devices(sizes):
+    """Thirty-three tokens do not divide: the last device's part is filled up."""
+    args = inputs(2, 12, 16, 33)
+    want = jax.jit(lambda *a: gradients(plain, *a))(*args)
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        head = jax.device_put(args[1], NamedSharding(mesh, P(None, "fsdp")))
+        compiled = (
+            jax.jit(lambda *a: gradients(functools.partial(chunked_cross_entropy, chunk=7), *a))
+            .lower(args[0], head, args[2])
+            .compile()
+        )
+        got = compiled(args[0], head, args[2])
+    assert_close(got, want, 1e-6)
+    logits = {int(n) for n in re.findall(r"f32\[[67],(\d+)\]", compiled.as_text())}
+    assert math.ceil(33 / sizes["tensor"]) in logits and 33 not in logits, logits
+
+
+def gradients(loss, hidden, head, targets):
+    return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(loss(*x, targets))), (0, 1))(hidden, head)
 
 
 def test_bfloat16_inputs_keep_float32_logits():

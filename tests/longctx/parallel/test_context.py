@@ -294,15 +294,15 @@ def test_errors_come_before_any_collective():
             "position order": {"strategy": "ulysses", "layout": "zigzag", "head_axis": None},
             "fewer than 4 ranks": {"strategy": "usp", "head_axis": None},
             "must be a multiple of 12": {"strategy": "ulysses", "head_axis": None},
-            "devices along head_axis='tensor'": {},
+            "the 2 devices along head_axis='tensor'": {"heads": 3},
             "need causal=True": {"causal": False, "doc_start": start},
         }.items():
             options = dict(options)
-            cut = options.pop("cut", 32)
+            cut, heads = options.pop("cut", 32), options.pop("heads", 6)
             with pytest.raises(ValueError, match=re.escape(message)):
                 jax.eval_shape(
                     functools.partial(context_attention, **options),
-                    *(x[:, :cut] for x in (q, k, v)),
+                    *(x[:, :cut, :heads] for x in (q, k, v)),
                 )
         for message, call in {
             "[B, T, H, D]": lambda: context_attention(q, k[:, :16], v),

@@ -1,30 +1,28 @@
-"""Runs a tiny run and kills its own process, as `kill -9` does, before a given step.
+"""The longctx command, which sends its own process a signal before a given training step.
 
-python -m tests.longctx.train.killed SOURCE OUT STEP
+python -m tests.longctx.train.killed SIGKILL STEP train ...
 """
 
 import os
-import pathlib
 import signal
 import sys
 
-import tests.conftest  # noqa: F401  the same devices as in the tests
+from longctx import cli
 from longctx.train import loop
-from tests.longctx.train.runs import tiny_run
 
 
-def main(source: str, out: str, step: str) -> None:
+def main(name: str, step: str, *arguments: str) -> None:
     put_batch, calls = loop.put_batch, 0
 
-    def put_or_die(*args):
+    def put_after_signal(*args):
         nonlocal calls
         calls += 1
         if calls == int(step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, name))
         return put_batch(*args)
 
-    loop.put_batch = put_or_die
-    loop.train(tiny_run(source), pathlib.Path(out))
+    loop.put_batch = put_after_signal
+    cli.main(arguments)
 
 
 if __name__ == "__main__":

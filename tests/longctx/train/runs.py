@@ -30,6 +30,14 @@ def write_text(directory: pathlib.Path) -> str:
     return str(path)
 
 
+def write_run_file(directory: pathlib.Path, source: str) -> str:
+    """A file whose entry `RUN` is the tiny run on `source`, as the command line names it."""
+    path = directory / "run.py"
+    text = f"from tests.longctx.train.runs import tiny_run\n\nRUN = tiny_run({source!r})\n"
+    path.write_text(text)
+    return f"{path}:RUN"
+
+
 def tiny_run(source: str, model: ModelConfig = TNL, **train: Any) -> RunConfig:
     """Twenty steps of sixteen sequences of 24 tokens."""
     return RunConfig(

@@ -16,7 +16,7 @@ from longctx.train.loop import train
 from longctx.train.metrics import read_metrics
 from longctx.train.restore import load_run
 from tests.golden.losses import GOLDEN, check_golden
-from tests.longctx.train.runs import TNL, TRANSFORMER, tiny_run, write_text
+from tests.longctx.train.runs import TNL, TRANSFORMER, tiny_run, write_run_file, write_text
 
 THREE = dataclasses.replace(TNL.softmax, num_kv_heads=3)
 
@@ -77,8 +77,13 @@ def test_golden_runs_differ():
 
 def test_killed_and_stopped_runs_resume_bitwise(source, finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "broken"
-    command = [sys.executable, "-m", "tests.longctx.train.killed", source, str(out), "13"]
-    killed = subprocess.run(command, capture_output=True, text=True)
+    arguments = ["SIGKILL", "13", "train", write_run_file(tmp_path, source), "--out", str(out)]
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.longctx.train.killed", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "8"},
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert max(losses(out)) in (11, 12)
 
@@ -129,7 +134,7 @@ def damage(checkpoint, pattern):
         os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("pattern", ["*", "d/*", "manifest.ocdbt", "_METADATA", "process_*.json"])
+@pytest.mark.parametrize("pattern", ["*", "d/*", "manifest.ocdbt", "_METADATA", "data/metadata"])
 def test_truncated_checkpoint_is_skipped(source, finished, tmp_path, capsys, pattern):
     out = tmp_path / "run"
     shutil.copytree(finished, out)

@@ -1,0 +1,25 @@
+"""What XLA is told about a training step, by the kind of device that it is compiled for."""
+
+import jax
+
+# By default a TPU stops computing while weights are gathered and gradients scattered. A v5p has a
+# second kind of core that can move them meanwhile; a v5e weaves the moves into its products.
+SPARSE_CORES_MOVE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+}
+PRODUCTS_MOVE = {
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+OPTIONS = {"TPU v5": SPARSE_CORES_MOVE, "TPU v5 lite": PRODUCTS_MOVE}
+
+
+def compiler_options() -> dict[str, str]:
+    """Options for the devices of the mesh in use, as `jax.jit` takes them."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return {} if device is None else OPTIONS.get(device.device_kind, {})
