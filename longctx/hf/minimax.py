@@ -29,7 +29,7 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
         },
         {"hidden_act": "silu", "num_local_experts": 1},
     )
-    softmax = read_softmax(config)
+    softmax = read_softmax(config, default_base=1e6)
     heads, layers = softmax.num_heads, config["num_hidden_layers"]
     if heads & (heads - 1):
         raise UserError(f"num_attention_heads={heads} must be a power of two: decays differ else")
@@ -39,11 +39,10 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
     unknown = set(types[:layers]) - kinds.keys()
     if unknown:
         raise UserError(f"layer_types={sorted(unknown)} must be among {sorted(kinds)}")
-    weights = {
-        ours: (float(config.get(f"{theirs}_alpha_factor", 1)),
-               float(config.get(f"{theirs}_beta_factor", 1)))
-        for ours, theirs in RESIDUALS.items()
-    }  # fmt: skip
+    weights = {}
+    for ours, theirs in RESIDUALS.items():
+        alpha, beta = (config.get(f"{theirs}_{name}_factor", 1) for name in ("alpha", "beta"))
+        weights[ours] = (float(alpha), float(beta))
     return ModelConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],

@@ -15,10 +15,10 @@ def require(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         raise UserError(f"this model cannot be converted: {', '.join(wrong)}")
 
 
-def read_softmax(config: Mapping[str, Any]) -> SoftmaxConfig:
-    """Heads, window and rotary positions."""
+def read_softmax(config: Mapping[str, Any], default_base: float = 10000.0) -> SoftmaxConfig:
+    """Heads, window and rotary positions; `default_base` where a config.json names none."""
     heads = config["num_attention_heads"]
-    base, scaling = _read_rope(config)
+    base, scaling = _read_rope(config, default_base)
     return SoftmaxConfig(
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
@@ -29,13 +29,10 @@ def read_softmax(config: Mapping[str, Any]) -> SoftmaxConfig:
     )
 
 
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling]:
+def _read_rope(config: Mapping[str, Any], default_base: float) -> tuple[float, RopeScaling]:
     """Base and scaling, from the newer `rope_parameters` or the older pair of fields."""
-    parameters = config.get("rope_parameters") or {
-        "rope_theta": config.get("rope_theta", 10000.0),
-        **(config.get("rope_scaling") or {}),
-    }
-    base = float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = float(parameters.get("rope_theta", config.get("rope_theta", default_base)))
     fraction = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     require({"partial_rotary_factor": fraction}, {"partial_rotary_factor": 1.0})
     kind = parameters.get("rope_type", parameters.get("type", "default"))

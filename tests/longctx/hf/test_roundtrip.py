@@ -141,6 +141,16 @@ def test_what_cannot_be_imported_is_refused(config, message):
         from_hf(config)
 
 
+def test_rope_of_older_and_bare_configurations():
+    older = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    without = {key: value for key, value in to_hf(LLAMA, 8).items() if key != "rope_parameters"}
+    assert from_hf(without | older).softmax.rope_scaling == RopeScaling("linear", 4.0)
+    assert from_hf(without | older).softmax.rope_base == 5e5
+    assert from_hf(without).softmax.rope_base == 1e4
+    bare = {key: value for key, value in to_hf(MINIMAX, 8).items() if key != "rope_parameters"}
+    assert from_hf(bare).softmax.rope_base == 1e6  # their default
+
+
 def test_what_cannot_be_exported_is_refused(tmp_path):
     for config, message in (
         (MODELS["hybrid-tiny"], "other mixers"),
