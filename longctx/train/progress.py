@@ -58,6 +58,6 @@ def describe(record: Record) -> str:
         "mfu": "MFU {:.1%}",
     }
     if record.get("mfu") is None:  # a device without a published peak
-        formats["model_tflops_per_second"] = "{:.2f} TFLOP/s"
+        formats["model_tflops_per_second"] = "{:.3g} TFLOP/s"
     shown = [form.format(record[n]) for n, form in formats.items() if record.get(n) is not None]
     return "  ".join(shown)
