@@ -132,5 +132,5 @@ def test_eval_tasks_command(trained, capsys):
 
 def test_unknown_task_is_one_clear_error(tmp_path):
     nothing = dataclasses.replace(RUN.data, source="task:nothing")
-    with pytest.raises(UserError, match="there are the tasks needle"):
+    with pytest.raises(UserError, match="there are needle"):
         train(dataclasses.replace(RUN, data=nothing), tmp_path / "x")
