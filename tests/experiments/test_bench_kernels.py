@@ -30,7 +30,8 @@ def lightning_rows():
     for group, shapes in lightning.groups_for("gpu").items():
         for shape in shapes:
             for name in lightning.IMPLEMENTATIONS:
-                row = {**shape._asdict(), "group": group, "implementation": name, **TIMES}
+                row = {**shape._asdict(), "dtype": "bfloat16", "group": group}
+                row |= {"implementation": name, **TIMES}
                 row |= {"forward_ns_per_token": 5.0, "both_ns_per_token": 20.0}
                 row |= {"forward_of_floor": 0.9, "errors": dict.fromkeys(lightning.NAMES, 1e-3)}
                 rows.append(row)
