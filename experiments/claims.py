@@ -194,4 +194,15 @@ PAPERS: dict[str, list[Section]] = {
             "flash",
         ),
     ],
+    "Pods": [
+        Section(
+            "Training steps for pods, compiled ahead of time",
+            "The compiler's count, not a measurement: what one device needs, and what it moves "
+            "between devices with nothing to compute meanwhile. Two cores, shared with others.",
+            Path("experiments/plans/results/plans.jsonl"),
+            lines.plans,
+            "python -m experiments.plans",
+            needs="a CPU and libtpu",
+        ),
+    ],
 }

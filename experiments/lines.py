@@ -293,3 +293,21 @@ def max_context(rows: Sequence[Row]) -> Iterator[Line]:
         theirs = f"{paper}K tokens" if paper else ""
         ratio = r["length"] / (paper * 1024) if paper else None
         yield Line(what, "the paper's table 3", theirs, f"{r['length'] // 1024}K tokens", ratio)
+
+
+def plans(rows: Sequence[Row]) -> Iterator[Line]:
+    """What the compiler says a training step needs of one device, beside what the device has."""
+    for r in rows:
+        what = f"{r['name']}, {r['topology']}"
+        if "refused" in r:
+            yield Line(f"{what}: memory", "of the device", "", "refused: out of memory")
+            continue
+        memory = r["bytes_per_device"]
+        there, needed = (f"{memory[key] / 1e9:.1f} GB" for key in ("available", "all"))
+        ratio = memory["all"] / memory["available"]
+        yield Line(f"{what}: memory", "of the device", there, needed, ratio)
+        moved, exposed = (
+            sum(c[key] for c in r["collectives"]) / 1e9 for key in ("bytes", "exposed_bytes")
+        )
+        shown = (f"{moved:.1f} GB", f"{exposed:.1f} GB")
+        yield Line(f"{what}: moved while nothing is computed", "all moves", *shown, exposed / moved)
