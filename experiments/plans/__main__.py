@@ -68,7 +68,7 @@ PLANS: Mapping[str, tuple[str, RunConfig]] = {
     ),
     "TNL 175B, 8K tokens, half of that v5e": (
         "v5e:8x16",
-        run("tnl-175b", MeshConfig(fsdp=8, tensor=16), 2**13, 8),
+        run("tnl-175b", MeshConfig(fsdp=16, tensor=8), 2**13, 16),
     ),
 }
 
