@@ -48,9 +48,11 @@ def test_rows_say_what_ran_where(tmp_path, only):
 
 
 @pytest.mark.slow
-def test_everything_is_right_here(tmp_path):
+def test_every_feature_is_right_here(tmp_path, monkeypatch):
+    features = [check for check in checks() if "width" not in check.name]
+    monkeypatch.setattr(command, "checks", lambda: features)
     rows, failed = run(tmp_path)
-    assert not failed and len(rows) == len(checks())
+    assert not failed and len(rows) == len(features) > 15
 
 
 def test_every_dtype_and_width_has_a_check():
