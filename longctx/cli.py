@@ -21,8 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("between runs and Hugging Face folders", "longctx.commands:convert"),
     "reproduce": ("run experiments of the papers", "longctx.reproduce.command:reproduce"),
     "plan": ("compile a training step for a pod and report its cost", "longctx.plan:plan"),
-    "check-device": ("check and time the kernels here", "longctx.check_device:check_device"),
-    "tune-device": ("choose the kernels' tile sizes here", "longctx.tune_device:tune_device"),
+    "check-device": ("check and time the kernels here", "longctx.device.check:check_device"),
+    "tune-device": ("choose the kernels' tile sizes here", "longctx.device.tune:tune_device"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench._claims import Claim, over
-from longctx.draw import length_axis, tidy
+from longctx.figures import length_axis, tidy
 
 type Row = dict[str, Any]
 

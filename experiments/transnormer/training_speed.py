@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.transnormer.base import PAPER, SMOKE
 from longctx.data.config import DataConfig
-from longctx.draw import length_axis, tidy
+from longctx.figures import length_axis, tidy
 from longctx.models import count_parameters, transformer
 from longctx.parallel.mesh import make_mesh
 from longctx.reproduce import Row

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from longctx.data.pipeline import load_corpus
-from longctx.draw import length_axis, tidy
 from longctx.eval.score import Score, make_scorer
+from longctx.figures import length_axis, tidy
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import read_rows, write_rows
 from longctx.train.config import RunError

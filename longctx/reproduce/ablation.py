@@ -13,7 +13,7 @@ from typing import Any
 from longctx.data.config import DataConfig
 from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus
-from longctx.draw import tidy
+from longctx.figures import tidy
 from longctx.models import count_parameters
 from longctx.reproduce.experiment import Row
 from longctx.train.config import RunConfig

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from longctx.draw import tidy
+from longctx.figures import tidy
 from longctx.train.metrics import read_metrics
 
 

@@ -9,7 +9,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.cli import main
-from longctx.tune_device import (
+from longctx.device.tune import (
     TuneOptions,
     Tuner,
     backward_tiles,

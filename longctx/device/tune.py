@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from longctx.check_device import milliseconds
 from longctx.cli import parse
+from longctx.device.check import milliseconds
 from longctx.errors import UserError
 from longctx.provenance import write_rows
 from pallas_kernels import _tuned

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx import check_device as command
-from longctx.check_device import worst_error
 from longctx.cli import main
-from longctx.device_checks import Check, checks
+from longctx.device import check as command
+from longctx.device.cases import Check, checks
+from longctx.device.check import worst_error
 from longctx.provenance import read_rows
 
 SMALL = ("--length", "40", "--tokens", "64")

@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longctx.cli import parse
-from longctx.device_checks import Check, checks
+from longctx.device.cases import Check, checks
 from longctx.errors import UserError
 from longctx.provenance import write_rows
 
