@@ -1,6 +1,7 @@
 """Two processes of two CPU devices each are one run: losses as of one process with four devices."""
 
 import dataclasses
+import re
 import shutil
 import signal
 import time
@@ -83,11 +84,11 @@ def test_its_checkpoint_goes_on_in_one_process_and_on_another_mesh(
 @pytest.mark.slow
 @pytest.mark.parametrize("hit", [0, 1])
 def test_one_killed_ends_the_other_and_a_restart_resumes_exactly(source, tmp_path, hit):
-    run = [write_run_file(tmp_path, source), "--mesh.data", "4", "--train.steps", "10"]
+    run = [write_run_file(tmp_path, source), "--mesh.data", "4", "--train.steps", "14"]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert [finish(p)[0] for p in start_pair(*run, "--out", str(unbroken))] == [0, 0]
 
-    pair = start_pair(*run, "--out", str(broken), "--launch.patience", "10", hit=hit, step=8)
+    pair = start_pair(*run, "--out", str(broken), "--launch.patience", "10", hit=hit, step=13)
     assert finish(pair[hit])[0] == -signal.SIGKILL
     began = time.monotonic()
     code, said = finish(pair[1 - hit])
@@ -96,7 +97,7 @@ def test_one_killed_ends_the_other_and_a_restart_resumes_exactly(source, tmp_pat
 
     again = [finish(p) for p in start_pair(*run, "--out", str(broken))]
     assert [code for code, _ in again] == [0, 0], again
-    assert "going on after step 5" in again[0][1]
+    assert re.search("going on after step (5|10)", again[0][1])  # 10 may be half-written
     assert losses(broken) == losses(unbroken)  # bit for bit
 
 
