@@ -32,6 +32,8 @@ class LoadedRun:
 def load_run(run: pathlib.Path, mesh: Mesh | None = None) -> LoadedRun:
     """Load configuration and model of the run in directory `run`, onto `mesh` (default: 1 device).
 
+    The model takes tokens in their own order, whatever the layout in which it was trained.
+
     Raises:
       RunError: `run` is not a run, or has no checkpoint that can be read.
     """
@@ -42,4 +44,6 @@ def load_run(run: pathlib.Path, mesh: Mesh | None = None) -> LoadedRun:
     if found is None:
         raise RunError(f"{run} has no checkpoint yet")
     step, params, rest = found
-    return LoadedRun(config, step, model_graph(config), params, rest)
+    in_order = dataclasses.replace(config.parallel, layout="contiguous")
+    graph = model_graph(dataclasses.replace(config, parallel=in_order))
+    return LoadedRun(config, step, graph, params, rest)

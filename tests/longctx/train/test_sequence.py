@@ -8,6 +8,7 @@ import pytest
 from longctx.cli import parse
 from longctx.commands import TrainOptions
 from longctx.data.config import DataConfig
+from longctx.eval.lengths import evaluate
 from longctx.models import MODELS, LightningConfig, MlpConfig, SoftmaxConfig
 from longctx.models.config import ParallelConfig
 from longctx.parallel.mesh import MeshConfig
@@ -45,6 +46,9 @@ def test_losses_equal_those_of_one_device(strategy, tmp_path):
     one, several = losses(HYBRID, tmp_path / "one"), losses(sharded, tmp_path / "several")
     assert len(one) == 3
     np.testing.assert_allclose(several, one, rtol=1e-5)
+    (whole,) = evaluate(tmp_path / "several", [64], tokens=256)
+    (split,) = evaluate(tmp_path / "several", [64], tokens=256, mesh=MeshConfig(seq=2))
+    np.testing.assert_allclose([whole.bits_per_byte, split.bits_per_byte], one[-1], rtol=1e-5)
 
 
 @pytest.mark.slow
