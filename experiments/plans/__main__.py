@@ -62,13 +62,13 @@ PLANS: Mapping[str, tuple[str, RunConfig]] = {
         "v5p:2x4x4",
         run("tnl-175b", MeshConfig(fsdp=8, tensor=4), 2**13, 8),
     ),
-    "TNL 175B, 8K tokens, v5e": (
+    "TNL 175B, 8K tokens, two slices of v5e": (
+        "2xv5e:16x16",
+        run("tnl-175b", MeshConfig(fsdp=32, tensor=16), 2**13, 32),
+    ),
+    "TNL 175B, 8K tokens, one slice of v5e": (
         "v5e:16x16",
         run("tnl-175b", MeshConfig(fsdp=16, tensor=16), 2**13, 16),
-    ),
-    "TNL 175B, 8K tokens, half of that v5e": (
-        "v5e:8x16",
-        run("tnl-175b", MeshConfig(fsdp=16, tensor=8), 2**13, 16),
     ),
 }
 
