@@ -61,9 +61,9 @@ def origin() -> dict[str, Any]:
         f"{name}={shlex.quote(os.environ[name])}" for name in SETTINGS if name in os.environ
     ]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
     return {
-        "command": " ".join([*settings, program, *sys.argv[1:]]),
+        "command": " ".join([*settings, program, *map(shlex.quote, sys.argv[1:])]),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **device_info(),

@@ -14,12 +14,13 @@ from jax.experimental import topologies
 
 from longctx.errors import UserError
 
-# Bytes of device memory that programs may use, by the generation in a topology's name (makers'
-# sheets; a TPU7x chip is two devices).
+# Bytes of device memory that programs may use, by the generation in a topology's name: of v5e and
+# v5p what the compiler names when it refuses a step, of the others what makers' sheets say (a TPU7x
+# chip is two devices).
 HBM = {
     "v4": 32e9,
-    "v5e": 16e9,
-    "v5p": 95e9,
+    "v5e": 15.75 * 2**30,
+    "v5p": 95.73 * 2**30,
     "v6e": 32e9,
     "tpu7x": 96e9,
     "h100": 80e9,
