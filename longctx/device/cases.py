@@ -185,6 +185,6 @@ def _scattered(q: Array, kv_length: int) -> tuple[Int[Array, "B H T"], Int[Array
     batch, length, heads, _ = q.shape
     start, size = jax.random.split(jax.random.key(2))
     shape = (batch, heads, length)
-    lo = jax.random.randint(start, shape, 0, kv_length)
+    lo = jax.random.randint(start, shape, 0, kv_length, jnp.int32)
     sizes = jnp.asarray([0, 1, 20, kv_length // 3], jnp.int32)
-    return lo, lo + sizes[jax.random.randint(size, shape, 0, len(sizes))]
+    return lo, lo + sizes[jax.random.randint(size, shape, 0, len(sizes), jnp.int32)]

@@ -34,8 +34,12 @@ class CheckOptions:
     only: str = ""
     # Tokens of the compared calls, in each of two rows.
     length: int = 1000
-    # Tokens of the timed calls.
-    tokens: int = 16384
+    # Tokens of the timed calls; 0: 16384, or 1024 on a CPU.
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.tokens < 0:
+            raise ValueError(f"length={self.length} must be at least 1, tokens={self.tokens} 0")
 
 
 def check_device(arguments: Sequence[str]) -> None:
@@ -44,6 +48,9 @@ def check_device(arguments: Sequence[str]) -> None:
     chosen = [check for check in checks() if options.only in check.name]
     if not chosen:
         raise UserError(f"no check has {options.only!r} in its name")
+    if not options.tokens:
+        tokens = 1024 if jax.default_backend() == "cpu" else 16384
+        options = dataclasses.replace(options, tokens=tokens)
     console = Console(stderr=True)
     with ThreadPoolExecutor() as pool:  # nothing compiles any more when the clock runs
         futures = [pool.submit(_prepare, check, options) for check in chosen]
@@ -99,14 +106,14 @@ FAILURES = (RuntimeError, TypeError, ValueError)  # what compilers and kernels r
 def _prepare(check: Check, options: CheckOptions) -> Programs:
     few = jax.eval_shape(lambda: check.draw(options.length, batch=2))
     many = jax.eval_shape(lambda: check.draw(options.tokens, batch=1))
-    exact = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in few]
+    exact = [jax.ShapeDtypeStruct(x.shape, jnp.float64) for x in few]
     backend, refusal = _backend(check, few)
 
     def compiled(function: Callable[..., Any], types: Sequence[Any]) -> Callable[..., Any]:
         return jax.jit(function).lower(*types).compile()
 
     try:
-        with jax.default_matmul_precision("highest"):
+        with jax.enable_x64(True):
             wanted = compiled(lambda *a: _both(check, "reference", a), exact)
         found, both = (compiled(lambda *a: _both(check, backend, a), x) for x in (few, many))
         forward = compiled(lambda *a: check.operator(backend, *a), many)
@@ -152,7 +159,8 @@ def _errors(programs: Programs, length: int) -> dict[str, Any]:
     check = programs.check
     arrays = check.draw(length, batch=2)
     ours, again = programs.found(*arrays), programs.found(*arrays)
-    wanted = programs.wanted(*(x.astype(jnp.float32) for x in arrays))
+    with jax.enable_x64(True):  # sums of single precision would be less exact than ours
+        wanted = programs.wanted(*(x.astype(jnp.float64) for x in arrays))
     found = {
         name: worst_error(a, b)
         for name, a, b in zip(("error", "gradient_error"), ours, wanted, strict=True)
@@ -179,7 +187,7 @@ def _both(check: Check, backend: str, arrays: Sequence[jax.Array]) -> tuple[Any,
     keys = jax.random.split(jax.random.key(1), len(leaves))
     # Rounded like the inputs, so that operator and definition get the same cotangent.
     cotangent = [
-        jax.random.normal(key, x.shape).astype(check.dtype).astype(x.dtype)
+        jax.random.normal(key, x.shape, jnp.float32).astype(check.dtype).astype(x.dtype)
         for key, x in zip(keys, leaves, strict=True)
     ]
     return out, pullback(jax.tree.unflatten(tree, cotangent))
