@@ -202,8 +202,10 @@ def copy_rate(platform: str) -> float:
     return 2 * x.nbytes / time_ms(negate, x) * 1e3
 
 
-def measure(group: str, shape: Shape, names: Sequence[str], exact: bool) -> Iterator[dict]:
-    """One row for each implementation; `exact` adds its errors."""
+def measure(
+    group: str, shape: Shape, names: Sequence[str], exact: bool, seconds: float = 0.0
+) -> Iterator[dict]:
+    """One row for each implementation; `exact` adds its errors. `seconds`: see `time_ms`."""
     inputs = shape.inputs()
     about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
     wanted = float64(*inputs) if exact else None
@@ -213,7 +215,7 @@ def measure(group: str, shape: Shape, names: Sequence[str], exact: bool) -> Iter
         try:
             calls = IMPLEMENTATIONS[name](*inputs)
             for what, call in (("forward", calls.forward), ("both", calls.both)):
-                row[f"{what}_ms"] = time_ms(call, wait=calls.wait)
+                row[f"{what}_ms"] = time_ms(call, wait=calls.wait, seconds=seconds)
                 row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
             if wanted is not None:
                 row["errors"] = errors(calls.both(), wanted)
@@ -241,6 +243,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--groups", nargs="+", choices=groups, default=list(groups))
     parser.add_argument("--out", type=Path, default=RESULTS / f"lightning_{platform}.jsonl")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="least time in so long, not median"
+    )
     parser.add_argument("--plot", type=Path, help="only plot and print these rows")
     options = parser.parse_args()
     if options.plot:
@@ -252,8 +257,9 @@ def main() -> None:
     rate = 0.0
     for group in options.groups:
         names = list(IMPLEMENTATIONS) if group in ("shapes", "worst") else ["ours"]
+        exact = group in ("shapes", "worst")
         for shape in groups[group]:
-            for row in measure(group, shape, names, exact=group in ("shapes", "worst")):
+            for row in measure(group, shape, names, exact, options.seconds):
                 print(row, flush=True)
                 rows.append(row)
             rate = max(rate, copy_rate(platform))
