@@ -79,7 +79,7 @@ PAPERS: dict[str, list[Section]] = {
         bench(
             "lightning_cpu",
             "Lightning attention by length, plain JAX on two CPU cores",
-            "Heads of 128 in float32; the least of many batches, as other programs share the cores.",
+            "Heads of 128 in float32; the least of many batches, as other programs use the cores.",
             lines.lightning_lengths,
             "lightning",
             needs="two CPU cores",
