@@ -1,6 +1,7 @@
 """Rows of results that say where they come from: command, commit, date, device, versions."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -85,6 +86,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@functools.cache  # once a process, before it rewrites committed rows: no change of the code
 def _output(*command: str) -> str | None:
     """What `command` prints, or None if it fails or is not there."""
     if shutil.which(command[0]) is None:
