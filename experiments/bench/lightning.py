@@ -26,9 +26,10 @@ import argparse
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch
 
@@ -36,40 +37,17 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench._claims import claims_table
+from experiments.bench._lightning_peers import (
+    IMPLEMENTATIONS,
+    Compiled,
+    Shape,
+    because,
+)
 from experiments.bench._lightning_report import claims, plot, table
 from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
-from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")
-
-
-class Shape(NamedTuple):
-    """One call: B rows of T tokens, H heads of width D for q, k and v."""
-
-    batch: int
-    length: int
-    heads: int = 16
-    width: int = 128
-    dtype: Any = jnp.bfloat16
-    decays: bool = True
-
-    def inputs(self) -> tuple[jax.Array, ...]:
-        """Random q, k, v, do and the log decays."""
-
-        @jax.jit
-        def draw():
-            keys = jax.random.split(jax.random.key(0), 4)
-            shape = (self.batch, self.length, self.heads, self.width)
-            return tuple(jax.random.normal(key, shape, self.dtype) for key in keys)
-
-        log_decay = alibi_log_decay(self.heads, 0, 1) * self.decays
-        return *draw(), log_decay
-
-    def megabytes(self, tensors: int) -> float:
-        """Of so many arrays like q."""
-        size = self.batch * self.length * self.heads * self.width
-        return tensors * size * jnp.dtype(self.dtype).itemsize / 1e6
 
 
 def groups_for(platform: str) -> dict[str, list[Shape]]:
@@ -84,101 +62,6 @@ def groups_for(platform: str) -> dict[str, list[Shape]]:
         "lengths": [Shape(1, 16384 * n) for n in (1, 4, 16, 64)],
         "full": [Shape(8, 4096 * n) for n in (1, 4, 16, 32)],
     }
-
-
-class Calls(NamedTuple):
-    """An implementation on given inputs: forward, forward + backward, and how to wait."""
-
-    forward: Callable[[], Any]
-    both: Callable[[], tuple[Any, ...]]
-    wait: Callable[[Any], Any] = jax.block_until_ready
-
-
-def of_ours(backend: str, q, k, v, do, log_decay) -> Calls:
-    """Our operator on a named backend."""
-
-    @jax.jit
-    def forward(q, k, v, log_decay):
-        return lightning_attention(q, k, v, log_decay, backend=backend)
-
-    @jax.jit
-    def both(q, k, v, do, log_decay):
-        o, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, log_decay), q, k, v)
-        return o, *pullback(do)
-
-    return Calls(lambda: forward(q, k, v, log_decay), lambda: both(q, k, v, do, log_decay))
-
-
-def of_scan(q, k, v, do, log_decay) -> Calls:
-    """The chunked form as a textbook has it: a scan over chunks of 64, derived by autodiff."""
-    chunk = 64
-    i = jnp.arange(chunk)
-    rate = log_decay.astype(jnp.float32)[:, None]
-    pair = jnp.where(i[:, None] >= i, jnp.exp(rate[:, :, None] * (i[:, None] - i)), 0)
-    query, key = jnp.exp(rate * (i + 1)), jnp.exp(rate * (chunk - 1 - i))
-    through = jnp.exp(rate * chunk)[:, :, None]
-
-    @jax.jit
-    def forward(q, k, v):
-        def step(state, rows):
-            q, k, v = rows  # [B, C, H, D]
-            scores = jnp.einsum("bthd,bshd->bhts", q, k) * pair
-            o = jnp.einsum("bhts,bshe->bthe", scores.astype(v.dtype), v)
-            o += jnp.einsum("bthd,ht,bhde->bthe", q, query, state)
-            return through * state + jnp.einsum("bshd,hs,bshe->bhde", k, key, v), o.astype(v.dtype)
-
-        batch, length, heads, width = q.shape
-        chunks = (
-            jnp.moveaxis(x.reshape(batch, length // chunk, chunk, heads, width), 1, 0)
-            for x in (q, k, v)
-        )
-        state = jnp.zeros((batch, heads, width, width), jnp.float32)
-        _, o = jax.lax.scan(step, state, tuple(chunks))
-        return jnp.moveaxis(o, 0, 1).reshape(v.shape)
-
-    @jax.jit
-    def both(q, k, v, do):
-        o, pullback = jax.vjp(forward, q, k, v)
-        return o, *pullback(do)
-
-    return Calls(lambda: forward(q, k, v), lambda: both(q, k, v, do))
-
-
-def of_fla(name: str, q, k, v, do, log_decay) -> Calls:
-    """An operator of flash-linear-attention on the same memory."""
-    torch = importlib.import_module("torch")
-    function = getattr(importlib.import_module("fla.ops.simple_gla"), name)
-    q, k, v, do, gamma = (torch.from_dlpack(x) for x in (q, k, v, do, log_decay))
-
-    def forward():
-        with torch.no_grad():
-            return function(q, k, v, g_gamma=gamma, scale=1.0)[0]
-
-    wanted = [x.detach().requires_grad_() for x in (q, k, v)]
-
-    def both():
-        o = function(*wanted, g_gamma=gamma, scale=1.0)[0]
-        return o, *torch.autograd.grad(o, wanted, do)
-
-    return Calls(forward, both, lambda _: torch.cuda.synchronize())
-
-
-IMPLEMENTATIONS = {
-    "ours": functools.partial(of_ours, "auto"),
-    "xla": functools.partial(of_ours, "xla"),
-    "scan": of_scan,
-    **{
-        f"fla {name}": functools.partial(of_fla, name)
-        for name in ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
-    },
-}
-
-
-def float64(q, k, v, do, log_decay) -> tuple[jax.Array, ...]:
-    """o, dq, dk, dv in float64."""
-    with jax.enable_x64(True):
-        wide = [x.astype(jnp.float64) for x in (q, k, v, do, log_decay)]
-        return of_ours("xla", *wide).both()
 
 
 def errors(results: Sequence[Any], wanted: Sequence[jax.Array]) -> dict[str, float]:
@@ -203,24 +86,24 @@ def copy_rate(platform: str) -> float:
 
 
 def measure(
-    group: str, shape: Shape, names: Sequence[str], exact: bool, seconds: float = 0.0
+    group: str, shape: Shape, names: Sequence[str], compiled: Compiled, seconds: float = 0.0
 ) -> Iterator[dict]:
-    """One row for each implementation; `exact` adds its errors. `seconds`: see `time_ms`."""
+    """One row for each implementation. `seconds`: see `time_ms`."""
     inputs = shape.inputs()
     about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
-    wanted = float64(*inputs) if exact else None
+    wanted = compiled.wanted(inputs)
     tokens = shape.batch * shape.length
     for name in names:
         row: dict[str, Any] = {**about, "implementation": name}
         try:
-            calls = IMPLEMENTATIONS[name](*inputs)
+            calls = compiled.calls(name, inputs)
             for what, call in (("forward", calls.forward), ("both", calls.both)):
                 row[f"{what}_ms"] = time_ms(call, wait=calls.wait, seconds=seconds)
                 row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
             if wanted is not None:
                 row["errors"] = errors(calls.both(), wanted)
         except REFUSALS as reason:
-            row["absent"] = f"{type(reason).__name__}: {str(reason)[:200]}"
+            row["absent"] = because(reason)
         yield row
 
 
@@ -255,16 +138,21 @@ def main() -> None:
 
     rows: list[dict] = []
     rate = 0.0
-    for group in options.groups:
-        names = list(IMPLEMENTATIONS) if group in ("shapes", "worst") else ["ours"]
-        exact = group in ("shapes", "worst")
-        for shape in groups[group]:
-            for row in measure(group, shape, names, exact, options.seconds):
-                print(row, flush=True)
-                rows.append(row)
-            rate = max(rate, copy_rate(platform))
-            add_floors(rows, rate)
-            write_rows(options.out, rows)
+    plan = [(group, shape) for group in options.groups for shape in groups[group]]
+    full = ("shapes", "worst")  # beside every peer, and with errors
+
+    def names(group: str) -> Sequence[str]:
+        return IMPLEMENTATIONS if group in full else ("ours",)
+
+    with ThreadPoolExecutor() as pool:  # nothing compiles any more when the clock runs
+        ready = list(pool.map(lambda x: Compiled.of(x[1], names(x[0]), x[0] in full), plan))
+    for (group, shape), programs in zip(plan, ready, strict=True):
+        for row in measure(group, shape, names(group), programs, options.seconds):
+            print(row, flush=True)
+            rows.append(row)
+        rate = max(rate, copy_rate(platform))
+        add_floors(rows, rate)
+        write_rows(options.out, rows)
     print(table(rows))
     if platform == "gpu":
         print(claims_table(claims(rows)))

@@ -8,7 +8,7 @@ would call it; then without either. The dense time is cuDNN's through jax.nn on 
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.bench._timing import time_ms, write_rows
+from experiments.bench._timing import compile_all, time_ms, write_rows
 from longctx.attention.tensorized import tensorized_attention
 
 RESULTS = Path(__file__).parent / "results" / "tensorized.jsonl"
@@ -50,6 +50,22 @@ def both(operator: Callable[..., Array]) -> Callable[..., Any]:
     return run
 
 
+type Pair = tuple[jax.stages.Compiled, jax.stages.Compiled]
+
+
+def compile_pairs(
+    operators: Iterable[tuple[str, Callable[..., Array]]], q, k, v, do
+) -> dict[str, Pair]:
+    """Forward, and forward + backward, of each named operator; arrays or their types."""
+    pairs = dict(operators)
+    programs = compile_all(
+        program
+        for operator in pairs.values()
+        for program in ((jax.jit(operator), (q, k, v)), (jax.jit(both(operator)), (q, k, v, do)))
+    )
+    return dict(zip(pairs, zip(programs[::2], programs[1::2], strict=True), strict=True))
+
+
 def main() -> None:
     """Time, print and write rows; ratios are to the first operator."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,9 +85,10 @@ def main() -> None:
     )
     shape = {name: x for name, x in vars(options).items() if name != "out"} | {"length": length}
     rows, dense = [], None
-    for name, operator in operators(options):
-        forward = time_ms(jax.jit(operator), q, k, v, batches=3)
-        total = time_ms(jax.jit(both(operator)), q, k, v, do, batches=3)
+    programs = compile_pairs(operators(options), q, k, v, do)
+    for name, (forward_call, both_call) in programs.items():
+        forward = time_ms(forward_call, q, k, v, batches=3)
+        total = time_ms(both_call, q, k, v, do, batches=3)
         dense = dense or (forward, total)
         row = {
             "operator": name,

@@ -32,6 +32,7 @@ class Check:
       lightning: whether a decay and an initial state follow q, k and v.
       kv_length: length of k and v over that of q.
       gradients: whether the operator is differentiable.
+      timed: whether it is worth a time: one of each kind is.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Check:
     lightning: bool = False
     kv_length: float = 1.0
     gradients: bool = True
+    timed: bool = False
 
     def draw(self, length: int, batch: int) -> list[jax.Array]:
         """Random q, k, v and, for lightning attention, log_decay and state."""
@@ -61,11 +63,12 @@ def checks() -> list[Check]:
     """Every feature once, and every width that the kernels are made for in every dtype."""
     found = []
     for dtype in ("bfloat16", "float16", "float32"):
+        check = functools.partial(Check, dtype=dtype, timed=True)
         for width in (64, 128, 256):
             same = ((4, width),) * 3
             found += [
-                Check(f"lightning, width {width}", _lightning, same, dtype, lightning=True),
-                Check(f"flash, width {width}", _flash, same, dtype),
+                check(f"lightning, width {width}", _lightning, same, lightning=True),
+                check(f"flash, width {width}", _flash, same),
             ]
     return [*found, *_lightning_checks(), *_flash_checks()]
 

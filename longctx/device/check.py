@@ -115,8 +115,11 @@ def _prepare(check: Check, options: CheckOptions) -> Programs:
     try:
         with jax.enable_x64(True):
             wanted = compiled(lambda *a: _both(check, "reference", a), exact)
-        found, both = (compiled(lambda *a: _both(check, backend, a), x) for x in (few, many))
-        forward = compiled(lambda *a: check.operator(backend, *a), many)
+        found = compiled(lambda *a: _both(check, backend, a), few)
+        forward = both = None
+        if check.timed:
+            both = compiled(lambda *a: _both(check, backend, a), many)
+            forward = compiled(lambda *a: check.operator(backend, *a), many)
     except FAILURES as failure:
         return Programs(check, backend, refusal, failure=str(failure))
     return Programs(check, backend, refusal, found, wanted, forward, both)
@@ -143,7 +146,6 @@ def _row(programs: Programs, options: CheckOptions) -> dict[str, Any]:
         "refusal": programs.refusal,
         "tolerance": TOLERANCE[check.dtype],
         "length": options.length,
-        "tokens": options.tokens,
     }
     failure = programs.failure
     if failure is None:
@@ -211,12 +213,14 @@ def worst_error(ours: Any, wanted: Any) -> float:
 
 
 def _times(programs: Programs, tokens: int) -> dict[str, float]:
-    assert programs.forward is not None and programs.both is not None
+    if programs.forward is None or programs.both is None:
+        return {}
     arrays = programs.check.draw(tokens, batch=1)
-    found = {"forward_ms": milliseconds(programs.forward, arrays)}
-    if programs.check.gradients:
-        found["forward_backward_ms"] = milliseconds(programs.both, arrays)
-    return found
+    return {
+        "tokens": tokens,
+        "forward_ms": milliseconds(programs.forward, arrays),
+        "forward_backward_ms": milliseconds(programs.both, arrays),
+    }
 
 
 def milliseconds(function: Callable[..., Any], arrays: Sequence[jax.Array]) -> float:
