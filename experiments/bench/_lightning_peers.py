@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.bench._timing import REFUSALS
 from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
 
 
@@ -48,33 +47,41 @@ class Calls(NamedTuple):
     wait: Callable[[Any], Any] = jax.block_until_ready
 
 
-class Programs(NamedTuple):
-    """What XLA made of an operator of (q, k, v, log_decay), for arrays of one shape."""
-
-    forward: Callable[..., Any]
-    both: Callable[..., tuple[Any, ...]]
-
-    def on(self, q, k, v, do, log_decay) -> Calls:
-        """Bound to arrays."""
-        return Calls(
-            lambda: self.forward(q, k, v, log_decay), lambda: self.both(q, k, v, do, log_decay)
-        )
-
-
-def compiled(attend: Callable[..., jax.Array], shape: Shape, dtype: Any = None) -> Programs:
-    """Compile for a shape, without arrays, so that threads can do so side by side."""
+def lowerings(name: str, shape: Shape) -> list[Callable[[], jax.stages.Lowered]]:
+    """Of the forward and of forward + backward of one of `OPERATORS`, or of `EXACT`."""
+    exact = name == EXACT
+    attend = OPERATORS["xla" if exact else name]
 
     def both(q, k, v, do, log_decay):
         o, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, log_decay), q, k, v)
         return o, *pullback(do)
 
-    q, k, v, do, log_decay = (
-        jax.ShapeDtypeStruct(x.shape, dtype or x.dtype) for x in jax.eval_shape(shape.inputs)
-    )
-    return Programs(
-        jax.jit(attend).lower(q, k, v, log_decay).compile(),
-        jax.jit(both).lower(q, k, v, do, log_decay).compile(),
-    )
+    def lower(function: Callable[..., Any], *args: str) -> jax.stages.Lowered:
+        types = dict(zip(INPUTS, jax.eval_shape(shape.inputs), strict=True))
+        with jax.enable_x64(exact):
+            given = (types[arg] for arg in args)
+            dtypes = [(x.shape, jnp.float64 if exact else x.dtype) for x in given]
+            return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*x) for x in dtypes))
+
+    return [
+        functools.partial(lower, attend, "q", "k", "v", "log_decay"),
+        functools.partial(lower, both, *INPUTS),
+    ]
+
+
+def on(programs: Sequence[Any], q, k, v, do, log_decay) -> Calls:
+    """The two programs of `lowerings` bound to arrays; raises what compiling them raised."""
+    for program in programs:
+        if isinstance(program, BaseException):
+            raise program
+    forward, both = programs
+    return Calls(lambda: forward(q, k, v, log_decay), lambda: both(q, k, v, do, log_decay))
+
+
+def float64(programs: Sequence[Any], inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """o, dq, dk, dv by the programs of `EXACT`."""
+    with jax.enable_x64(True):
+        return on(programs, *(x.astype(jnp.float64) for x in inputs)).both()
 
 
 def scan(q, k, v, log_decay) -> jax.Array:
@@ -104,9 +111,9 @@ def scan(q, k, v, log_decay) -> jax.Array:
 
 
 def of_fla(name: str, q, k, v, do, log_decay) -> Calls:
-    """An operator of flash-linear-attention on the same memory."""
+    """An operator of flash-linear-attention on the same memory; `name` as in `IMPLEMENTATIONS`."""
     torch = importlib.import_module("torch")
-    function = getattr(importlib.import_module("fla.ops.simple_gla"), name)
+    function = getattr(importlib.import_module("fla.ops.simple_gla"), name.removeprefix("fla "))
     q, k, v, do, gamma = (torch.from_dlpack(x) for x in (q, k, v, do, log_decay))
 
     def forward():
@@ -127,46 +134,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "xla": functools.partial(lightning_attention, backend="xla"),
     "scan": scan,
 }
+EXACT = "float64"
+INPUTS = ("q", "k", "v", "do", "log_decay")
 FLA = ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
 IMPLEMENTATIONS = (*OPERATORS, *(f"fla {name}" for name in FLA))
-
-
-class Compiled(NamedTuple):
-    """For one shape: our programs by name, or why there is none, and the exact results'."""
-
-    programs: dict[str, Programs | str]
-    exact: Programs | None
-
-    @classmethod
-    def of(cls, shape: Shape, names: Sequence[str], exact: bool) -> "Compiled":
-        """Compile what is not another library's."""
-        programs: dict[str, Programs | str] = {}
-        for name in OPERATORS.keys() & set(names):
-            try:
-                programs[name] = compiled(OPERATORS[name], shape)
-            except REFUSALS as reason:
-                programs[name] = because(reason)
-        if not exact:
-            return cls(programs, None)
-        with jax.enable_x64(True):
-            return cls(programs, compiled(OPERATORS["xla"], shape, jnp.float64))
-
-    def calls(self, name: str, inputs: Sequence[jax.Array]) -> Calls:
-        """Raises what the implementation raises, RuntimeError if it was not compiled."""
-        if name not in OPERATORS:
-            return of_fla(name.removeprefix("fla "), *inputs)
-        programs = self.programs[name]
-        if isinstance(programs, str):
-            raise RuntimeError(programs)
-        return programs.on(*inputs)
-
-    def wanted(self, inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...] | None:
-        """o, dq, dk, dv in float64."""
-        if self.exact is None:
-            return None
-        with jax.enable_x64(True):
-            return self.exact.on(*(x.astype(jnp.float64) for x in inputs)).both()
-
-
-def because(reason: BaseException) -> str:
-    return f"{type(reason).__name__}: {str(reason)[:200]}"

@@ -1,9 +1,8 @@
-"""Compiling and timing jitted functions."""
+"""Timing jitted functions."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,15 +21,7 @@ REFUSALS = (
     ValueError,
 )
 
-__all__ = ["REFUSALS", "compile_all", "device_info", "read_rows", "time_ms", "write_rows"]
-
-
-def compile_all(
-    programs: Iterable[tuple[jax.stages.Wrapped, tuple[Any, ...]]],
-) -> list[jax.stages.Compiled]:
-    """Every jitted function compiled for its arguments, as many at once as there are cores."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda program: program[0].lower(*program[1]).compile(), programs))
+__all__ = ["REFUSALS", "device_info", "read_rows", "time_ms", "write_rows"]
 
 
 def time_ms(

@@ -17,7 +17,6 @@ they must show.
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from experiments.bench._claims import claims_table
 from experiments.bench._flash_peers import IMPLEMENTATIONS, Shape, ours, with_gradients
 from experiments.bench._flash_report import claims, plot, table
 from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
+from longctx.device.programs import compile_all
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")
@@ -85,15 +85,24 @@ class Compiled(NamedTuple):
     absent: str = ""
 
 
-def compiled(shape: Shape, name: str) -> Compiled:
-    """Compile without arrays, so that threads can do so side by side."""
+def lowerings(shape: Shape, name: str) -> list[Callable[[], jax.stages.Lowered]]:
+    """Of the forward, and of forward + backward."""
     types = shape.types()
-    try:
-        attend = IMPLEMENTATIONS[name](shape)
-        both = jax.jit(with_gradients(attend)).lower(*types).compile()
-        forward = jax.jit(attend).lower(*types[:3]).compile()
-    except REFUSALS as reason:
-        return Compiled(absent=f"{type(reason).__name__}: {str(reason)[:200]}".split("\n")[0])
+
+    def forward():
+        return jax.jit(IMPLEMENTATIONS[name](shape)).lower(*types[:3])
+
+    def both():
+        return jax.jit(with_gradients(IMPLEMENTATIONS[name](shape))).lower(*types)
+
+    return [forward, both]
+
+
+def compiled(forward: Any, both: Any) -> Compiled:
+    """The two programs, or what compiling them raised."""
+    for reason in (forward, both):
+        if isinstance(reason, BaseException):
+            return Compiled(absent=f"{type(reason).__name__}: {str(reason)[:200]}".split("\n")[0])
     memory = both.memory_analysis()
     return Compiled(forward, both, memory.temp_size_in_bytes if memory else None)
 
@@ -154,8 +163,10 @@ def _measured(groups: dict[str, list[Shape]]) -> Iterator[dict]:
         for shape in shapes
         for name in peers(group, shape)
     ]
-    with ThreadPoolExecutor() as pool:
-        calls = list(pool.map(lambda item: compiled(*item[1:]), plan))
+    programs = compile_all(
+        (lower for _, shape, name in plan for lower in lowerings(shape, name)), REFUSALS
+    )
+    calls = list(map(compiled, programs[::2], programs[1::2]))
     for group, shapes in groups.items():
         for shape in shapes:
             mine = {

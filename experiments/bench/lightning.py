@@ -26,8 +26,7 @@ import argparse
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +37,22 @@ import jax.numpy as jnp
 
 from experiments.bench._claims import claims_table
 from experiments.bench._lightning_peers import (
+    EXACT,
     IMPLEMENTATIONS,
-    Compiled,
+    OPERATORS,
     Shape,
-    because,
+    float64,
+    lowerings,
+    of_fla,
+    on,
 )
 from experiments.bench._lightning_report import claims, plot, table
 from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
+from longctx.device.programs import compile_all
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")
+BESIDE_PEERS = ("shapes", "worst")  # groups, with errors
 
 
 def groups_for(platform: str) -> dict[str, list[Shape]]:
@@ -85,25 +90,30 @@ def copy_rate(platform: str) -> float:
     return 2 * x.nbytes / time_ms(negate, x) * 1e3
 
 
+def compiled_names(group: str) -> Sequence[str]:
+    """What JAX runs of a group: beside the peers everything, else ours."""
+    return (*OPERATORS, EXACT) if group in BESIDE_PEERS else ("ours",)
+
+
 def measure(
-    group: str, shape: Shape, names: Sequence[str], compiled: Compiled, seconds: float = 0.0
+    group: str, shape: Shape, programs: Mapping[str, Sequence[Any]], seconds: float
 ) -> Iterator[dict]:
     """One row for each implementation. `seconds`: see `time_ms`."""
     inputs = shape.inputs()
     about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
-    wanted = compiled.wanted(inputs)
+    wanted = float64(programs[EXACT], inputs) if EXACT in programs else None
     tokens = shape.batch * shape.length
-    for name in names:
+    for name in IMPLEMENTATIONS if group in BESIDE_PEERS else programs:
         row: dict[str, Any] = {**about, "implementation": name}
         try:
-            calls = compiled.calls(name, inputs)
+            calls = on(programs[name], *inputs) if name in programs else of_fla(name, *inputs)
             for what, call in (("forward", calls.forward), ("both", calls.both)):
                 row[f"{what}_ms"] = time_ms(call, wait=calls.wait, seconds=seconds)
                 row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
             if wanted is not None:
                 row["errors"] = errors(calls.both(), wanted)
         except REFUSALS as reason:
-            row["absent"] = because(reason)
+            row["absent"] = f"{type(reason).__name__}: {str(reason)[:200]}"
         yield row
 
 
@@ -139,15 +149,14 @@ def main() -> None:
     rows: list[dict] = []
     rate = 0.0
     plan = [(group, shape) for group in options.groups for shape in groups[group]]
-    full = ("shapes", "worst")  # beside every peer, and with errors
-
-    def names(group: str) -> Sequence[str]:
-        return IMPLEMENTATIONS if group in full else ("ours",)
-
-    with ThreadPoolExecutor() as pool:  # nothing compiles any more when the clock runs
-        ready = list(pool.map(lambda x: Compiled.of(x[1], names(x[0]), x[0] in full), plan))
-    for (group, shape), programs in zip(plan, ready, strict=True):
-        for row in measure(group, shape, names(group), programs, options.seconds):
+    cases = [(*where, name) for where in plan for name in compiled_names(where[0])]
+    compiled = compile_all(
+        (lower for _, shape, name in cases for lower in lowerings(name, shape)), REFUSALS
+    )
+    pairs = dict(zip(cases, zip(compiled[::2], compiled[1::2], strict=True), strict=True))
+    for group, shape in plan:
+        programs = {name: pairs[group, shape, name] for name in compiled_names(group)}
+        for row in measure(group, shape, programs, options.seconds):
             print(row, flush=True)
             rows.append(row)
         rate = max(rate, copy_rate(platform))

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from experiments.bench._claims import Claim, claims_table
-from experiments.bench._timing import compile_all, time_ms, write_rows
+from experiments.bench._timing import time_ms, write_rows
 from longctx.attention import rows as row_moves
 from longctx.attention import sparse
 from longctx.attention.intervals import Plan, attend, places, plan_drop, plan_hash, visited_tiles
+from longctx.device.programs import compile_all
 from pallas_kernels.flash_attention import flash_attention
 
 TOKENS, HEADS, WIDTH, TILE = 32768, 16, 64, 128
@@ -158,7 +159,7 @@ def compare(batch: int, length: int, only: str) -> Iterator[dict[str, Any]]:
     chosen = [first, *(arm for arm in others if only in arm.name)]
     args = [((q, k, v, *arm.rest), (q, k, v, do, *arm.rest)) for arm in chosen]
     programs = compile_all(
-        (program, part)
+        functools.partial(program.lower, *part)
         for arm, pair in zip(chosen, args, strict=True)
         for program, part in zip((jax.jit(arm.function), both(arm.function)), pair, strict=True)
     )

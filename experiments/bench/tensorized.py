@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.bench._timing import compile_all, time_ms, write_rows
+from experiments.bench._timing import time_ms, write_rows
 from longctx.attention.tensorized import tensorized_attention
+from longctx.device.programs import compile_all
 
 RESULTS = Path(__file__).parent / "results" / "tensorized.jsonl"
 
@@ -59,9 +60,9 @@ def compile_pairs(
     """Forward, and forward + backward, of each named operator; arrays or their types."""
     pairs = dict(operators)
     programs = compile_all(
-        program
+        functools.partial(jax.jit(function).lower, *args)
         for operator in pairs.values()
-        for program in ((jax.jit(operator), (q, k, v)), (jax.jit(both(operator)), (q, k, v, do)))
+        for function, args in ((operator, (q, k, v)), (both(operator), (q, k, v, do)))
     )
     return dict(zip(pairs, zip(programs[::2], programs[1::2], strict=True), strict=True))
 

@@ -9,8 +9,7 @@ time nearly linear in the length. One sequence, 32 query and 8 key/value heads o
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from experiments.bench._timing import time_ms
 from experiments.bench.tensorized import both
 from longctx.attention.tensorized import tensorized_attention
+from longctx.device.programs import compile_all
 from longctx.reproduce import Row
 from pallas_kernels.flash_attention import flash_attention
 
@@ -48,20 +48,25 @@ class OperatorSpeed:
             for length, dims in SHAPES[scale].items()
             for name, operator in _operators(length, dims, HEADS[scale][0]).items()
         ]
-        with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(lambda x: _compiled(x[0], x[3], HEADS[scale]), plan))
+        programs = iter(
+            compile_all(
+                lower
+                for length, _, _, operator in plan
+                for lower in _lowerings(length, operator, HEADS[scale])
+            )
+        )
         rows: list[Row] = []
-        for (length, dims, name, _), (forward, backward) in zip(plan, programs, strict=True):
+        for length, dims, name, _ in plan:
             keys = jax.random.split(jax.random.key(0), 4)
             q, k, v, do = (
                 jax.random.normal(key, x.shape, x.dtype)
                 for key, x in zip(keys, _types(length, HEADS[scale]), strict=True)
             )
             row: dict[str, Any] = {"operator": name, "length": length, "dims": list(dims)}
-            row["forward_ms"] = time_ms(forward, q, k, v, batches=3)
+            row["forward_ms"] = time_ms(next(programs), q, k, v, batches=3)
             row["forward_backward_ms"] = None
-            if backward is not None:
-                row["forward_backward_ms"] = time_ms(backward, q, k, v, do, batches=3)
+            if length <= DENSE_UP_TO:
+                row["forward_backward_ms"] = time_ms(next(programs), q, k, v, do, batches=3)
             rows.append(row)
         return rows
 
@@ -118,12 +123,13 @@ def _types(length: int, heads: tuple[int, int, int]) -> list[jax.ShapeDtypeStruc
     return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 
-def _compiled(length: int, operator: Callable[..., Any], heads: tuple[int, int, int]) -> Any:
+def _lowerings(
+    length: int, operator: Callable[..., Any], heads: tuple[int, int, int]
+) -> Iterator[Callable[[], jax.stages.Lowered]]:
     q, k, v, do = _types(length, heads)
-    forward = jax.jit(operator).lower(q, k, v).compile()
-    if length > DENSE_UP_TO:
-        return forward, None
-    return forward, jax.jit(both(operator)).lower(q, k, v, do).compile()
+    yield functools.partial(jax.jit(operator).lower, q, k, v)
+    if length <= DENSE_UP_TO:
+        yield functools.partial(jax.jit(both(operator)).lower, q, k, v, do)
 
 
 EXPERIMENT = OperatorSpeed()

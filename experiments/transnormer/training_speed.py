@@ -8,10 +8,10 @@ beyond a few thousand tokens. Whole training steps of 131072 random tokens, what
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments.transnormer.base import PAPER, SMOKE
 from longctx.data.config import DataConfig
+from longctx.device.programs import compile_all
 from longctx.figures import length_axis, tidy
 from longctx.models import count_parameters, transformer
 from longctx.parallel.mesh import make_mesh
@@ -128,12 +129,10 @@ def time_steps(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh)
     rng = np.random.default_rng(0)
     batches = [_random_batch(config, rng, mesh) for config in configs]
 
-    def compiled(config: RunConfig, batch: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
-
-    with ThreadPoolExecutor() as pool:
-        steps = list(pool.map(compiled, configs, batches))
+    steps = compile_all(
+        functools.partial(make_train_step(config).lower, abstract_state(config, mesh), batch)
+        for config, batch in zip(configs, batches, strict=True)
+    )
     state = create_state(configs[0], mesh)
     parameters = count_parameters(configs[0].model)
     rows: list[dict[str, Any]] = []

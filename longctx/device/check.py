@@ -1,9 +1,9 @@
 """`longctx check-device`: are the kernels right on this device, and how fast are they?"""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from longctx.cli import parse
 from longctx.device.cases import Check, checks
+from longctx.device.programs import compile_all
 from longctx.errors import UserError
 from longctx.provenance import write_rows
 
@@ -52,9 +53,8 @@ def check_device(arguments: Sequence[str]) -> None:
         tokens = 1024 if jax.default_backend() == "cpu" else 16384
         options = dataclasses.replace(options, tokens=tokens)
     console = Console(stderr=True)
-    with ThreadPoolExecutor() as pool:  # nothing compiles any more when the clock runs
-        futures = [pool.submit(_prepare, check, options) for check in chosen]
-        ready = [f.result() for f in track(futures, "compile", console=console)]
+    ready = [_prepare(check, options) for check in chosen]
+    _compile(ready, console)
     rows = []
     for programs in track(ready, "check", console=console):
         rows.append(_row(programs, options))
@@ -88,16 +88,22 @@ def _table(rows: Sequence[dict[str, Any]], out: Path) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """A check, compiled: outputs and gradients of ours and of the definition, and calls to time."""
+    """What a check compiles: results of ours and of the definition, and calls to time.
+
+    Each is lowered by its function here, and stands in `compiled` afterwards.
+    """
 
     check: Check
     backend: str  # what backend="auto" takes here
     refusal: str | None  # why that is not this platform's own kernels
-    found: Callable[..., Any] | None = None
-    wanted: Callable[..., Any] | None = None
-    forward: Callable[..., Any] | None = None
-    both: Callable[..., Any] | None = None
-    failure: str | None = None  # why there are none
+    lowerings: dict[str, Callable[[], jax.stages.Lowered]]
+    compiled: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def failure(self) -> str | None:
+        """Why there are none."""
+        failures = (x for x in self.compiled.values() if isinstance(x, BaseException))
+        return next(map(str, failures), None)
 
 
 FAILURES = (RuntimeError, TypeError, ValueError)  # what compilers and kernels raise
@@ -109,20 +115,29 @@ def _prepare(check: Check, options: CheckOptions) -> Programs:
     exact = [jax.ShapeDtypeStruct(x.shape, jnp.float64) for x in few]
     backend, refusal = _backend(check, few)
 
-    def compiled(function: Callable[..., Any], types: Sequence[Any]) -> Callable[..., Any]:
-        return jax.jit(function).lower(*types).compile()
+    def both(*arrays: Any) -> Any:
+        return _both(check, backend, arrays)
 
-    try:
+    def definition() -> jax.stages.Lowered:
         with jax.enable_x64(True):
-            wanted = compiled(lambda *a: _both(check, "reference", a), exact)
-        found = compiled(lambda *a: _both(check, backend, a), few)
-        forward = both = None
-        if check.timed:
-            both = compiled(lambda *a: _both(check, backend, a), many)
-            forward = compiled(lambda *a: check.operator(backend, *a), many)
-    except FAILURES as failure:
-        return Programs(check, backend, refusal, failure=str(failure))
-    return Programs(check, backend, refusal, found, wanted, forward, both)
+            return jax.jit(lambda *a: _both(check, "reference", a)).lower(*exact)
+
+    lowerings = {"wanted": definition, "found": functools.partial(jax.jit(both).lower, *few)}
+    if check.timed:
+        forward = functools.partial(check.operator, backend)
+        lowerings["forward"] = functools.partial(jax.jit(forward).lower, *many)
+        lowerings["both"] = functools.partial(jax.jit(both).lower, *many)
+    return Programs(check, backend, refusal, lowerings)
+
+
+def _compile(checks: Sequence[Programs], console: Console) -> None:
+    """Nothing compiles any more when the clock runs."""
+    todo = [(programs, name) for programs in checks for name in programs.lowerings]
+    lowerings = (
+        programs.lowerings[name] for programs, name in track(todo, "compile", console=console)
+    )
+    for (programs, name), compiled in zip(todo, compile_all(lowerings, FAILURES), strict=True):
+        programs.compiled[name] = compiled
 
 
 def _backend(check: Check, arrays: Sequence[Any]) -> tuple[str, str | None]:
@@ -157,12 +172,11 @@ def _row(programs: Programs, options: CheckOptions) -> dict[str, Any]:
 
 
 def _errors(programs: Programs, length: int) -> dict[str, Any]:
-    assert programs.found is not None and programs.wanted is not None
-    check = programs.check
+    check, compiled = programs.check, programs.compiled
     arrays = check.draw(length, batch=2)
-    ours, again = programs.found(*arrays), programs.found(*arrays)
+    ours, again = compiled["found"](*arrays), compiled["found"](*arrays)
     with jax.enable_x64(True):  # sums of single precision would be less exact than ours
-        wanted = programs.wanted(*(x.astype(jnp.float64) for x in arrays))
+        wanted = compiled["wanted"](*(x.astype(jnp.float64) for x in arrays))
     found = {
         name: worst_error(a, b)
         for name, a, b in zip(("error", "gradient_error"), ours, wanted, strict=True)
@@ -213,13 +227,13 @@ def worst_error(ours: Any, wanted: Any) -> float:
 
 
 def _times(programs: Programs, tokens: int) -> dict[str, float]:
-    if programs.forward is None or programs.both is None:
+    if not programs.check.timed:
         return {}
     arrays = programs.check.draw(tokens, batch=1)
     return {
         "tokens": tokens,
-        "forward_ms": milliseconds(programs.forward, arrays),
-        "forward_backward_ms": milliseconds(programs.both, arrays),
+        "forward_ms": milliseconds(programs.compiled["forward"], arrays),
+        "forward_backward_ms": milliseconds(programs.compiled["both"], arrays),
     }
 
 

@@ -1,0 +1,33 @@
+"""Compiling many programs, before the first of them is timed."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+
+def compile_all(
+    lowerings: Iterable[Callable[[], jax.stages.Lowered]],
+    refusals: tuple[type[BaseException], ...] = (),
+) -> list[Any]:
+    """Every program compiled, or that of the `refusals` which it raised, in the order given.
+
+    Lowering is Python, of which one thread runs at a time: the programs are lowered one after
+    another, and compile side by side as soon as they are.
+    """
+
+    def result(start: "Future[jax.stages.Compiled] | BaseException") -> Any:
+        try:
+            return start.result() if isinstance(start, Future) else start
+        except refusals as refusal:
+            return refusal
+
+    with ThreadPoolExecutor() as pool:
+        started: list[Future[jax.stages.Compiled] | BaseException] = []
+        for lower in lowerings:
+            try:
+                started.append(pool.submit(lower().compile))
+            except refusals as refusal:
+                started.append(refusal)
+        return [result(start) for start in started]
