@@ -1,6 +1,5 @@
 """The flash attention calls that the benchmark times: ours and those of its peers."""
 
-import dataclasses
 import functools
 import importlib
 import warnings
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.flash_attention.tiles import GPU_TILES, KernelTiles
 
 Attend = Callable[..., Any]  # of q, k and v
 
@@ -55,15 +53,6 @@ def ours(shape: Shape, **options: Any) -> Attend:
     starts = np.arange(shape.length, dtype=np.int32) // shape.document * shape.document
     lo = np.broadcast_to(starts, (shape.batch, shape.length))
     return lambda q, k, v: flash_attention(q, k, v, lo=jnp.asarray(lo), **options)
-
-
-def ours_by_role(shape: Shape) -> Attend:
-    """Ours for wide heads, with dk and dv by a warpgroup each."""
-    if shape.width != 256:
-        raise NotImplementedError("it is made for heads of 256")
-    keys = KernelTiles(q=64, kv=64)
-    tiles = dataclasses.replace(GPU_TILES[256], keys=keys, passes="roles")
-    return ours(shape, backend="gpu", tiles=tiles)
 
 
 def cudnn(shape: Shape) -> Attend:
@@ -117,7 +106,6 @@ def jax_mosaic(shape: Shape) -> Attend:
 
 IMPLEMENTATIONS: dict[str, Callable[[Shape], Attend]] = {
     "ours": ours,
-    "ours by role": ours_by_role,
     "cudnn": cudnn,
     "tokamax": functools.partial(tokamax, implementation="mosaic"),
     "tokamax triton": functools.partial(tokamax, implementation="triton"),

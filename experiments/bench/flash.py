@@ -35,12 +35,6 @@ ALL, RIVALS = tuple(IMPLEMENTATIONS), ("ours", "cudnn", "tokamax")
 PEERS = {"dense": ALL, "gqa": ALL, "errors": ALL, "long": ("ours",)}  # elsewhere the rivals
 
 
-def peers(group: str, shape: Shape) -> list[str]:
-    """Who is measured; our other backward only for the wide heads that it is made for."""
-    names = PEERS.get(group, RIVALS)
-    return [name for name in names if name != "ours by role" or shape.width == 256]
-
-
 def groups_for(platform: str) -> dict[str, list[Shape]]:
     """Shapes of each group; a row of `packed` is followed by the same documents as a batch."""
     if platform != "gpu":
@@ -161,7 +155,7 @@ def _measured(groups: dict[str, list[Shape]]) -> Iterator[dict]:
         (group, shape, name)
         for group, shapes in groups.items()
         for shape in shapes
-        for name in peers(group, shape)
+        for name in PEERS.get(group, RIVALS)
     ]
     programs = compile_all(
         (lower for _, shape, name in plan for lower in lowerings(shape, name)), REFUSALS

@@ -115,7 +115,7 @@ class Tuner:
         return tables
 
     def flash_gpu(self, width: int) -> flash.GpuTiles:
-        """First the forward, then how dk and dv are made, then dq where it has its own kernel."""
+        """First the forward, then dk and dv, then dq where it has its own kernel."""
         arrays, tiles = self.draw(width), flash.GPU_TILES[width]
         for part, candidates in (
             ("forward", forward_tiles(width)),
@@ -241,17 +241,11 @@ def forward_tiles(width: int) -> list[dict[str, Any]]:
 
 
 def backward_tiles(width: int) -> list[dict[str, Any]]:
-    """The same for the kernels of dk and dv, and of dq where they do not reduce it."""
-    kernel = flash.KernelTiles
-    if width <= 128:
-        sizes = itertools.product((64, 128), (2, 3))
-        return [{"keys": kernel(q=q, kv=128, stages=stages)} for q, stages in sizes]
-    rows = kernel(q=128, kv=64, early_stages=1)
-    return [
-        {"passes": "roles", "keys": kernel(q=64, kv=64), "rows": rows},
-        {"passes": "apart", "keys": kernel(q=64, kv=128, early_stages=1), "rows": rows},
-        {"passes": "apart", "keys": kernel(q=64, kv=64), "rows": kernel(q=64, kv=64)},
-    ]
+    """The same for the kernel of dk and dv."""
+    if width > 128:  # larger tiles do not fit
+        return [{"keys": flash.KernelTiles(q=64, kv=64)}]
+    sizes = itertools.product((64, 128), (2, 3))
+    return [{"keys": flash.KernelTiles(q=q, kv=128, stages=stages)} for q, stages in sizes]
 
 
 def row_tiles(width: int) -> list[dict[str, Any]]:

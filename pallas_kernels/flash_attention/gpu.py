@@ -103,20 +103,20 @@ def bwd(
             "dv": _pad(accumulate[2], keys),
         }
 
-    def by_keys(dq: Any, *want: str) -> tuple[Array, ...]:
+    def by_keys(dq: Any) -> tuple[Array, Array]:
         visible = _visible(spec, lo, hi, tiles.keys, column_bounds)
-        some = {name: sums[name] for name in want if name in sums}
+        some = {name: x for name, x in sums.items() if name != "dq"}
         args = (q, k, v, visible, do, lse, delta)
         how = {"spec": spec, "tiles": tiles.keys, "interpret": interpret}
         if tiles.passes == "roles":
             return backward_keys_by_role(*args, some, **how)
-        return backward_keys(*args, dq, some, want=want, **how)
+        return backward_keys(*args, dq, some, **how)
 
     if tiles.passes == "together" and not spec.deterministic and interpret is None:
         # Tied to the keys, else XLA makes the zeros of all hops of a ring at once, and keeps them.
         zero, k = lax.optimization_barrier((jnp.zeros((), jnp.float32), k))
         ref = jax.new_ref(sums["dq"] if sums else jnp.full(q.shape, zero))
-        dk, dv = by_keys(ref, "dk", "dv")
+        dk, dv = by_keys(ref)
         dq = jax.freeze(ref)
         dq = dq if sums else dq.astype(spec.out_dtype)
     else:
@@ -125,10 +125,7 @@ def bwd(
             q, k, v, visible, do, lse, delta, sums.get("dq"),
             spec=spec, tiles=tiles.rows, interpret=interpret,
         )  # fmt: skip
-        if tiles.passes == "apart":
-            (dk,), (dv,) = by_keys(None, "dk"), by_keys(None, "dv")
-        else:
-            dk, dv = by_keys(None, "dk", "dv")
+        dk, dv = by_keys(None)
     dq, dk, dv = (
         x[:, :length, :, :width]
         for x, length, width in (

@@ -7,8 +7,7 @@ A block owns `64 n` keys of one key/value head:
     registers   per compute warpgroup: dk [64, D] and dv [64, E] float32, p^T and ds^T [64, q]
 
 With dq, the warpgroups show each other their ds; in the next step each multiplies `dq = ds k` for
-its part of the rows or columns and TMA adds it to float32 dq in GMEM, in no certain order. Where
-dk and dv do not fit the registers together, each may have a launch of its own.
+its part of the rows or columns and TMA adds it to float32 dq in GMEM, in no certain order.
 """
 
 import functools
@@ -53,24 +52,20 @@ def backward_keys(
     dq: Any,
     sums: dict[str, Array],
     *,
-    want: tuple[str, ...],
     spec: Spec,
     tiles: KernelTiles,
     interpret: Any = None,
-) -> tuple[Array, ...]:
-    """Those of dk `[B, S, K, D]` and dv `[B, S, K, E]` that `want` names; adds to the ref dq.
+) -> tuple[Array, Array]:
+    """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
-    lse is in base 2, and inf for rows that see nothing. dq: None or a float32 ref `[B, T, H, D]`.
-    sums: float32 arrays, by name, to which dk and dv are added, or nothing.
+    lse is in base 2, and inf for rows that see nothing. dq: None or a float32 ref `[B, T, H, D]`,
+    to which the gradient of q is added.
     """
     batch, length, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
     value_width = v.shape[-1]
     warpgroups, halves, stages = tiles.kv // ROWS, tiles.q // ROWS, tiles.stages
     heads_per_group = max(tiles.head_group(spec) // spec.group, 1)
-    with_ds = dq is not None or "dk" in want
-    with_dv = "dv" in want
-    do_stages = stages if with_dv else tiles.early_stages
     # Each warpgroup multiplies the dq of its 64 query rows, or of its part of the columns.
     split_rows = halves == warpgroups
     dq_shape = (ROWS, width if split_rows else width // warpgroups)
@@ -81,7 +76,7 @@ def backward_keys(
         q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, dq_gmem, sums_gmem = (
             jax.tree.unflatten(structure, refs[: len(arrays)])
         )
-        *out_gmem, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
+        dk_gmem, dv_gmem, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
             len(arrays) :
         ]
         k_smem, v_smem = own_smem
@@ -101,8 +96,7 @@ def backward_keys(
             for w in range(warpgroups):
                 at = b, pl.ds(tile * tiles.kv + w * ROWS, ROWS), kv_head
                 plgpu.copy_gmem_to_smem(k_gmem.at[*at], k_smem.at[w], kv_full.at[w])
-                if with_ds:
-                    plgpu.copy_gmem_to_smem(v_gmem.at[*at], v_smem.at[w], kv_full.at[w])
+                plgpu.copy_gmem_to_smem(v_gmem.at[*at], v_smem.at[w], kv_full.at[w])
 
             def load(_, h, before, i, state):
                 n, rows = before + i, pl.ds(i * tiles.q, tiles.q)
@@ -111,24 +105,21 @@ def backward_keys(
                 ready = q_full.at[slot]
                 plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[slot], ready)
                 plgpu.copy_gmem_to_smem(lse_gmem.at[b, h, rows], lse_smem.at[slot], ready)
-                if with_ds:
-                    plgpu.copy_gmem_to_smem(delta_gmem.at[b, h, rows], delta_smem.at[slot], ready)
-                slot = lax.rem(n, do_stages)
-                pl.when(n >= do_stages)(lambda: plgpu.barrier_wait(do_empty.at[slot]))
+                plgpu.copy_gmem_to_smem(delta_gmem.at[b, h, rows], delta_smem.at[slot], ready)
+                pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_empty.at[slot]))
                 ready = do_full.at[slot]
                 plgpu.copy_gmem_to_smem(do_gmem.at[b, rows, h], do_smem.at[slot], ready)
                 return state
 
             steps, _ = walk(load, None)
             awaited(q_empty, steps, stages)
-            awaited(do_empty, steps, do_stages)
+            awaited(do_empty, steps, stages)
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             first_key = tile * tiles.kv + warpgroup * ROWS
-            own_spare = (None if x is None else x.at[warpgroup] for x in spare)
-            spares = dict(zip(("p", "dk", "dv"), own_spare, strict=True))
+            p_spare, dk_spare, dv_spare = (None if x is None else x.at[warpgroup] for x in spare)
             own_rows = warpgroup if split_rows else 0
             own_columns = pl.ds(0 if split_rows else warpgroup * dq_shape[1], dq_shape[1])
 
@@ -151,10 +142,10 @@ def backward_keys(
                 to = dq_gmem.at[b, rows, h, own_columns]
                 plgpu.copy_smem_to_gmem(dq_smem.at[warpgroup], to, reduction_op="add")
 
-            def step(grads, masked, h, before, i, last):
+            def step(dk_acc, dv_acc, masked, h, before, i, last):
                 n = before + i
-                slot, do_slot, turn = lax.rem(n, stages), lax.rem(n, do_stages), lax.rem(n, 2)
-                q_tile, do_tile = q_smem.at[slot], do_smem.at[do_slot]
+                slot, turn = lax.rem(n, stages), lax.rem(n, 2)
+                q_tile, do_tile = q_smem.at[slot], do_smem.at[slot]
 
                 def multiply_scores(s_acc):
                     plgpu.barrier_wait(q_full.at[slot])
@@ -165,15 +156,14 @@ def backward_keys(
                     multiply_scores(s_acc)
                     add_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), *last)
 
-                def probabilities(s_acc, wait_n):
-                    t = capped(plgpu.wgmma_accumulator_load(s_acc, wait_n=wait_n), spec)
+                def probabilities(s_acc):
+                    t = capped(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), spec)
                     base = plgpu.load(lse_smem.at[slot], layout=PER_COLUMN)
                     p = jnp.exp2(t * exponent_scale(spec) - per_column(base, shape))
                     if masked:
                         mask = seen(spec, ranges, b, h, shape, 1, i * tiles.q, first_key)
                         p = jnp.where(mask, p, 0.0)
-                    if with_dv:
-                        accumulate(grads["dv"], p.astype(q.dtype), do_tile, spares["p"])
+                    accumulate(dv_acc, p.astype(q.dtype), do_tile, p_spare)
                     return p, t
 
                 def score_gradients(s_acc, dp_acc):
@@ -181,13 +171,10 @@ def backward_keys(
                     if interpret is None:  # the sum starts from -delta: fewer registers
                         dp_acc[...] = -delta
                     plgpu.wgmma(dp_acc, v_smem.at[warpgroup], do_tile.transpose((1, 0)))
-                    p, t = probabilities(s_acc, 1)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1 if with_dv else 0)
+                    p, t = probabilities(s_acc)
+                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
                     ds = p * (dp if interpret is None else dp - delta)
-                    ds = (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
-                    if not with_dv:
-                        plgpu.barrier_arrive(do_empty.at[do_slot])
-                    return ds
+                    return (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
 
                 def multiply(s_acc):
                     if dq is None:
@@ -196,33 +183,27 @@ def backward_keys(
                         plgpu.barrier_wait(ds_ready)
                         run = functools.partial(finish_step_before, s_acc)
                         pl.run_scoped(run, plgpu.ACC(dq_shape, jnp.float32))
-                    plgpu.barrier_wait(do_full.at[do_slot])
-                    if with_ds:
-                        run = functools.partial(score_gradients, s_acc)
-                        return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
-                    probabilities(s_acc, 0)
-                    return None
+                    plgpu.barrier_wait(do_full.at[slot])
+                    run = functools.partial(score_gradients, s_acc)
+                    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
                 ds = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                if "dk" in want:
-                    accumulate(grads["dk"], ds, q_tile, spares["p"])
+                accumulate(dk_acc, ds, q_tile, p_spare)
                 if dq is not None:
                     show_ds(turn, ds)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(q_empty.at[slot])
-                if with_dv:
-                    plgpu.barrier_arrive(do_empty.at[do_slot])
+                plgpu.barrier_arrive(do_empty.at[slot])
                 return h, i
 
-            def compute(*accs):
+            def compute(dk_acc, dv_acc):
                 for w in range(1 if dq is None else warpgroups):
                     plgpu.barrier_wait(kv_full.at[lax.rem(warpgroup + w, warpgroups)])
                 if dq is not None:  # the step before the first has no ds
                     show_ds(1, jnp.zeros(shape, q.dtype))
-                grads = dict(zip(want, accs, strict=True))
                 last_tile = length // tiles.q - 1
                 last = kv_head * spec.group, jnp.minimum(tile, last_tile)
-                steps, last = walk(functools.partial(step, grads), last)
+                steps, last = walk(functools.partial(step, dk_acc, dv_acc), last)
                 if dq is not None:
                     plgpu.barrier_wait(ds_ready)
 
@@ -231,47 +212,37 @@ def backward_keys(
                         return dq_acc[...]
 
                     add_dq(pl.run_scoped(finish, plgpu.ACC(dq_shape, jnp.float32)), *last)
-                return tuple(acc[...] for acc in accs)
+                return dk_acc[...], dv_acc[...]
 
-            widths = {"dk": width, "dv": value_width}
-            found = accumulators(
-                compute, [(ROWS, widths[x]) for x in want], [spares[x] for x in want]
-            )
+            shapes = [(ROWS, width), (ROWS, value_width)]
+            dk, dv = accumulators(compute, shapes, [dk_spare, dv_spare])
             at = b, pl.ds(first_key, ROWS), kv_head
-            for name, gmem, value in zip(want, out_gmem, found, strict=True):
-                value = value * spec.scale if name == "dk" else value
-                write_gradient(gmem.at[*at], value, sums_gmem, name, at)
+            write_gradient(dk_gmem.at[*at], dk * spec.scale, sums_gmem, "dk", at)
+            write_gradient(dv_gmem.at[*at], dv, sums_gmem, "dv", at)
             plgpu.wait_smem_to_gmem(0)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
-    like = {"dk": k.shape, "dv": v.shape}
+    out_dtype = jnp.float32 if sums else spec.out_dtype
     return plgpu.kernel(
         kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct(like[x], jnp.float32 if sums else spec.out_dtype) for x in want
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, out_dtype) for x in (k, v)),
         scratch_types=(
-            (
-                operand(warpgroups, ROWS, width),
-                operand(warpgroups, ROWS, value_width) if with_ds else None,
-            ),
+            (operand(warpgroups, ROWS, width), operand(warpgroups, ROWS, value_width)),
             (
                 operand(stages, tiles.q, width),
                 numbers(stages, tiles.q),
-                numbers(stages, tiles.q) if with_ds else None,
-                operand(do_stages, tiles.q, value_width),
+                numbers(stages, tiles.q),
+                operand(stages, tiles.q, value_width),
             ),
             None if dq is None else operand(2, warpgroups, halves, ROWS, ROWS),
             None if dq is None else numbers(warpgroups, *dq_shape, transforms=SWIZZLED_FLOAT32),
             (
-                plgpu.Barrier(num_arrivals=2 if with_ds else 1, num_barriers=warpgroups),
-                plgpu.Barrier(num_arrivals=3 if with_ds else 2, num_barriers=stages),
-                plgpu.Barrier(num_barriers=do_stages),
+                plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+                plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
             ),
-            tuple(
-                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=n) for n in (stages, do_stages)
-            ),
+            (plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),) * 2,
             None if dq is None else plgpu.Barrier(num_arrivals=warpgroups),
             (None, None, None)
             if interpret is None

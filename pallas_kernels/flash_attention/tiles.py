@@ -67,7 +67,7 @@ class KernelTiles(Tiles):
     """Tiles of one Hopper kernel: of `q` rows and `kv` keys; 64 of one of them per warpgroup."""
 
     stages: int = 2
-    early_stages: int = 2  # of the ring whose tiles are multiplied once, early in a step
+    early_stages: int = 2  # of the ring of v where dq has its own kernel: v is done with early
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,15 +90,15 @@ class KernelTiles(Tiles):
 class GpuTiles:
     """Tiles of the Hopper kernels.
 
-    `passes` says how dk and dv are made: "together" by one kernel, which reduces dq too; "apart"
-    by a launch each; "roles" by one kernel in which one warpgroup makes dv and one dk. The kernel
-    of the `rows` makes dq, except where it is reduced.
+    `passes` says how dk and dv are made: "together", where each warpgroup makes both and may reduce
+    dq too; or by "roles", where one makes dv and one dk, since both do not fit its registers. The
+    kernel of the `rows` makes dq, except where it is reduced.
     """
 
     forward: KernelTiles
     keys: KernelTiles
     rows: KernelTiles
-    passes: Literal["together", "apart", "roles"] = "together"
+    passes: Literal["together", "roles"] = "together"
 
     def __post_init__(self):
         if self.rows.q % self.keys.q or self.keys.kv % self.rows.kv:
@@ -106,8 +106,8 @@ class GpuTiles:
                 f"GpuTiles: rows.q={self.rows.q} must be a multiple of keys.q={self.keys.q},"
                 f" keys.kv={self.keys.kv} of rows.kv={self.rows.kv}"
             )
-        if self.passes not in ("together", "apart", "roles"):
-            raise ValueError(f"GpuTiles.passes={self.passes!r} must be together, apart or roles")
+        if self.passes not in ("together", "roles"):
+            raise ValueError(f"GpuTiles.passes={self.passes!r} must be together or roles")
         if self.passes == "roles" and self.keys.kv != 64:
             raise ValueError(f"GpuTiles: keys.kv={self.keys.kv} must be 64 where passes='roles'")
 
@@ -125,9 +125,9 @@ GPU_TILES = {  # by the larger padded head width; measured on an H100
     ),
     256: GpuTiles(
         forward=KernelTiles(q=128, kv=64),
-        keys=KernelTiles(q=64, kv=128, early_stages=1),
+        keys=KernelTiles(q=64, kv=64),
         rows=KernelTiles(q=128, kv=64, early_stages=1),
-        passes="apart",
+        passes="roles",
     ),
 }
 

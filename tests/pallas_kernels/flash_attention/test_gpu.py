@@ -33,13 +33,12 @@ TOGETHER = GpuTiles(
     keys=KernelTiles(q=64, kv=128),
     rows=KernelTiles(q=128, kv=64),
 )
-APART = dataclasses.replace(
+BY_ROLE = dataclasses.replace(
     TOGETHER,
-    keys=KernelTiles(q=64, kv=128, early_stages=1),
+    keys=KernelTiles(q=64, kv=64),
     rows=KernelTiles(q=128, kv=64, early_stages=1),
-    passes="apart",
+    passes="roles",
 )
-BY_ROLE = dataclasses.replace(TOGETHER, keys=KernelTiles(q=64, kv=64), passes="roles")
 
 
 def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
@@ -99,7 +98,7 @@ def test_interpreted_keys_that_nobody_sees(capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", [APART, BY_ROLE], ids=["apart", "roles"])
+@pytest.mark.parametrize("tiles", [TOGETHER, BY_ROLE], ids=["together", "roles"])
 def test_interpreted_intervals_continuing_and_adding(capfd, tiles):
     args = half(1, 130, 190, heads=2)
     lo, hi = random_intervals((1, 2, 130), 190)
@@ -122,15 +121,6 @@ def test_on_gpu(widths, heads, dtype):
     args = inputs(2, 500, 700, *heads, *widths, dtype=dtype)
     lo, hi = random_intervals((2, 1, 500), 700)
     tiles = gpu_tiles(next(w for w in GPU_TILES if w >= max(widths)))
-    if max(widths) > 128:
-        check_passes(
-            args,
-            lo,
-            hi,
-            tiles=dataclasses.replace(BY_ROLE, forward=tiles.forward, rows=tiles.rows),
-            q_offset=100,
-            blocks=True,
-        )
     check_passes(args, tiles=tiles, q_offset=200, window=300, soft_cap=5.0)
     check_passes(args, lo, hi, tiles=tiles, q_offset=100, blocks=True)
 
