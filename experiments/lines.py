@@ -255,12 +255,14 @@ def wikitext103(rows: Sequence[Row]) -> Iterator[Line]:
 
 def hybrids(rows: Sequence[Row]) -> Iterator[Line]:
     """Accuracy at the trained length (of needles: over depths), and the speed of training."""
-    fastest = max(r["tokens_per_second"] for r in rows)
+    fastest = max(r["tokens_per_second"] or 0.0 for r in rows)
     for arm, task in dict.fromkeys((r["arm"], r["task"]) for r in rows):
         ours = [r for r in rows if (r["arm"], r["task"]) == (arm, task)]
         trained = ours[0]["trained"]
-        speed = f"{ours[0]['tokens_per_second'] / fastest:.0%} of the fastest one's tokens/s"
-        what = f"{arm}, {task} accuracy at {trained} tokens, {speed}"
+        what = f"{arm}, {task} accuracy at {trained} tokens"
+        if ours[0]["tokens_per_second"]:
+            share = ours[0]["tokens_per_second"] / fastest
+            what += f", {share:.0%} of the fastest one's tokens/s"
         paper = ours[0]["paper"] and f"{ours[0]['paper']} (per cent)"
         beside = (
             "MiniMax-01, needles, 1B" if task == "needle" else f"chance {ours[0]['chance']:.3f}"

@@ -14,6 +14,7 @@ which a decay gives for nothing, must be learned first. It may need more steps t
 """
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,9 +25,8 @@ import numpy as np
 from longctx.data.config import DataConfig
 from longctx.eval.recall import DEPTHS, evaluate_tasks
 from longctx.models import BYTE_VOCAB, SoftmaxConfig, count_parameters, tnl
-from longctx.reproduce import Row, trained
+from longctx.reproduce import Part, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
-from longctx.train.metrics import read_metrics
 
 # Mixers of the layers, repeated, and what the paper's 1B model scores on needles: in per cent, with
 # softmax attention in every eighth layer; "fails" is its word for pure lightning attention.
@@ -80,8 +80,8 @@ SCALES = {
 }
 
 
-def run(scale: Scale, mixers: tuple[str, ...], task: str) -> RunConfig:
-    """The run that trains one model on one task."""
+def run(scale: Scale, mixers: tuple[str, ...]) -> RunConfig:
+    """The run that trains one model on all tasks."""
     heads = scale.width // scale.head_dim
     model = dataclasses.replace(
         tnl(scale.width, scale.num_layers, 2 * scale.width, head_dim=scale.head_dim),
@@ -94,7 +94,9 @@ def run(scale: Scale, mixers: tuple[str, ...], task: str) -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig(
-            source=f"task:{task}", sequence_length=scale.length, batch_size=scale.batch
+            source=f"task:{'+'.join(scale.tasks)}",
+            sequence_length=scale.length,
+            batch_size=scale.batch,
         ),
         optim=OptimConfig(
             learning_rate=scale.learning_rate, warmup_steps=min(100, scale.steps // 2)
@@ -111,33 +113,33 @@ class Recall:
     """Accuracy on each task, by arm, length and depth, with the speed of training."""
 
     def runs(self, scale: str) -> dict[str, RunConfig]:
-        """The run of each arm and task."""
+        """The run of each arm."""
         sizes = SCALES[scale]
-        return {
-            f"{arm}, {task}": run(sizes, ARMS[arm][0], task)
-            for arm in sizes.arms
-            for task in sizes.tasks
-        }
+        return {arm: run(sizes, ARMS[arm][0]) for arm in sizes.arms}
 
-    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Train every arm on every task, and score it at each length."""
+    def parts(self, scale: str, runs: Path) -> list[Part]:
+        """A part per arm."""
+        del runs  # no arm begins with another's parameters
+        return [
+            Part(arm, config, functools.partial(self._rows, scale, arm, config), timed=True)
+            for arm, config in self.runs(scale).items()
+        ]
+
+    def _rows(self, scale: str, arm: str, config: RunConfig, folder: Path) -> Iterator[Row]:
+        """The trained model's scores on each task and length."""
         sizes = SCALES[scale]
-        for name, config in self.runs(scale).items():
-            arm, task = name.split(", ")
-            folder = runs / trained(config, runs)["run"]
-            origin = {
-                "arm": arm,
-                "paper": ARMS[arm][1],
-                "scale": scale,
-                "parameters": count_parameters(config.model),
-                "tokens": config.tokens_per_step * config.train.steps,
-                "trained": sizes.length,
-                "tokens_per_second": _speed(folder),
-            }
-            lengths = [m * sizes.length for m in sizes.beyond]
-            scores = evaluate_tasks(folder, [task], lengths, count=sizes.episodes)
-            shown = ("task", "length", "depth", "episodes", "accuracy", "chance")
-            yield from (origin | {name: row[name] for name in shown} for row in scores)
+        origin = {
+            "arm": arm,
+            "paper": ARMS[arm][1],
+            "scale": scale,
+            "parameters": count_parameters(config.model),
+            "tokens": config.tokens_per_step * config.train.steps,
+            "trained": sizes.length,
+        }
+        lengths = [m * sizes.length for m in sizes.beyond]
+        scores = evaluate_tasks(folder, sizes.tasks, lengths, count=sizes.episodes)
+        shown = ("task", "length", "depth", "episodes", "accuracy", "chance")
+        yield from (origin | {name: row[name] for name in shown} for row in scores)
 
     def table(self, rows: Sequence[Row]) -> str:
         """An arm per row, a task and length per column."""
@@ -179,13 +181,6 @@ def accuracy(rows: Sequence[Row], task: str, length: int) -> float:
     return statistics.mean(
         r["accuracy"] for r in rows if (r["task"], r["length"]) == (task, length)
     )
-
-
-def _speed(run: Path) -> float | None:
-    """Median training speed; None of a run too short to tell."""
-    records = read_metrics(run / "metrics.jsonl")
-    speeds = [r["tokens_per_second"] for r in records if r.get("tokens_per_second")]
-    return statistics.median(speeds) if speeds else None
 
 
 def _shown(speed: float | None) -> str:

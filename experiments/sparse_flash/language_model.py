@@ -8,7 +8,7 @@ untied one.
 Command: longctx reproduce experiments/sparse_flash/language_model.py --scale small
 Expected at equal steps: hash within noise of "dense tied"; drop 0.3 close to it, 0.5 and 0.7
 worse in that order. The small scale has 2048 tokens, where 4 buckets hold 512 tokens each as the
-paper's 16 at 8192 do, and two seeds of every arm. The paper scale reads OpenWebText2 and GPT-2's
+paper's 16 at 8192 do, 11M parameters, 13M bytes of Python and two seeds of every arm. The paper scale reads OpenWebText2 and GPT-2's
 tokenizer from data/openwebtext2.jsonl.zst.tar and data/gpt2.json, and is trained arm by arm too:
 `longctx train experiments/sparse_flash/language_model.py:"hash nb=16"`.
 """
@@ -24,7 +24,7 @@ import numpy as np
 from longctx.data.config import DataConfig
 from longctx.models import BYTE_VOCAB, MODELS, MlpConfig, ModelConfig, SoftmaxConfig
 from longctx.models.config import SparseConfig
-from longctx.reproduce import Ablation, Arm, Row
+from longctx.reproduce import Ablation, Arm, Part, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 
@@ -62,10 +62,10 @@ PAPER = RunConfig(
 )
 SMALL = RunConfig(
     model=gpt(384, 6, 2048, vocab_size=BYTE_VOCAB),
-    data=DataConfig(sequence_length=2048, batch_size=32),
+    data=DataConfig(sequence_length=2048, batch_size=16),
     optim=dataclasses.replace(OPTIM, warmup_steps=40),
-    train=TrainConfig(steps=2000, log_every=50, checkpoint_every=10_000),
-    eval=EvalConfig(every=100, tokens=1 << 20),
+    train=TrainConfig(steps=400, log_every=50, checkpoint_every=10_000),
+    eval=EvalConfig(every=80, tokens=1 << 19),
 )
 TINY = RunConfig(
     model=gpt(32, 2, 64, vocab_size=BYTE_VOCAB, dtype="float32"),
@@ -90,7 +90,11 @@ def _arm(mixer: str, **changes: Any) -> Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Ablation):
-    """An ablation whose arms differ in speed too: loss by step and by wall time."""
+    """An ablation whose arms differ in speed too: loss by step and by time of the steps."""
+
+    def parts(self, scale: str, runs: Path) -> list[Part]:
+        """A part per arm and seed, whose steps are timed."""
+        return [dataclasses.replace(part, timed=True) for part in super().parts(scale, runs)]
 
     def table(self, rows: Sequence[Row]) -> str:
         """Differences from the base, then what they cost in time."""
@@ -102,9 +106,13 @@ class Comparison(Ablation):
             "| arm | seed | all steps | to the base's loss |",
             "|---|---|---|---|",
         ]
-        for r in rows:
-            reached = next((f"{t:.0f}" for _, t, loss in r["curve"] if loss <= target), "never")
-            lines.append(f"| {r['arm']} | {r['seed']} | {r['curve'][-1][1]:.0f} | {reached} |")
+        for r in (r for r in rows if r["tokens_per_second"]):
+            _, seconds, losses = curve(r)
+            reached = next(
+                (f"{t:.1f}" for t, loss in zip(seconds, losses, strict=True) if loss <= target),
+                "never",
+            )
+            lines.append(f"| {r['arm']} | {r['seed']} | {seconds[-1]:.1f} | {reached} |")
         return "\n".join(lines) + "\n"
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
@@ -115,7 +123,7 @@ class Comparison(Ablation):
         panels = figure.subplots(1, 2, sharey=True)
         for i, arm in enumerate(dict.fromkeys(r["arm"] for r in rows)):
             for seed, r in enumerate(r for r in rows if r["arm"] == arm):
-                steps, seconds, loss = np.asarray(r["curve"]).T
+                steps, seconds, loss = curve(r)
                 style = {"color": f"C{i}", "label": None if seed else arm}
                 panels[0].plot(steps, loss, ".-", **style)
                 panels[1].plot(seconds, loss, ".-", **style)
@@ -130,6 +138,13 @@ class Comparison(Ablation):
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
+
+
+def curve(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, seconds that they take when nothing else uses the device, and held-out loss."""
+    steps, losses = np.asarray(row["curve"]).T
+    per_step = row["tokens"] / steps[-1] / (row["tokens_per_second"] or np.nan)
+    return steps, steps * per_step, losses
 
 
 EXPERIMENT = Comparison(

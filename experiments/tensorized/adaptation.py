@@ -17,23 +17,26 @@ from pathlib import Path
 
 from experiments.tensorized.base import PAPER, arms_table, by_length, draw_buckets, llama, mixer
 from longctx.data.config import DataConfig
-from longctx.reproduce import Ablation, Arm, Row, trained
+from longctx.reproduce import Ablation, Arm, Part, Row
+from longctx.reproduce.part import run_name
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 BEFORE = "before adaptation"
 
 SMALL = RunConfig(
     model=llama(384, 6, 6, 2048),
-    data=DataConfig(sequence_length=2048, batch_size=32),
+    data=DataConfig(sequence_length=2048, batch_size=16),
     optim=OptimConfig(learning_rate=1e-3, warmup_steps=40),
-    train=TrainConfig(steps=2000, log_every=50, checkpoint_every=10_000),
-    eval=EvalConfig(tokens=1 << 20),
+    train=TrainConfig(steps=800, log_every=50, checkpoint_every=10_000),
+    eval=EvalConfig(tokens=1 << 19),
 )
 LARGE = dataclasses.replace(
     SMALL,
     model=llama(768, 12, 12, 2048),
+    data=DataConfig(sequence_length=2048, batch_size=32),
     optim=OptimConfig(learning_rate=6e-4, warmup_steps=200),
     train=dataclasses.replace(SMALL.train, steps=10_000),
+    eval=EvalConfig(tokens=1 << 20),
 )
 TINY = RunConfig(
     model=llama(32, 2, 2, 64, dtype="float32"),
@@ -91,19 +94,25 @@ class Adaptation:
             arm_seeds={"small": 2},
         )
 
-    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Pretrain, adapt every arm, score all at half to four times the length adapted at."""
+    def parts(self, scale: str, runs: Path) -> list[Part]:
+        """The pretrained model, then a part per arm and seed; all scored at the same lengths."""
         before = self.pretrained[scale]
-        found = trained(before, runs)
-        source, length = runs / found["run"], 2 * before.data.sequence_length
-        lengths = [length // 2, length, 2 * length, 4 * length]
-        scored = functools.partial(
-            by_length, lengths=lengths, trained=length, tokens=before.eval.tokens
+        ablation = self.ablation(scale, str(runs / run_name(before)))
+        adapted = [dataclasses.replace(p, after=before) for p in ablation.parts(scale, runs)]
+        pretrained = dataclasses.replace(
+            adapted[0],
+            name=BEFORE,
+            config=before,
+            after=None,
+            rows=lambda run: [{**row, "arm": BEFORE} for row in adapted[0].rows(run)],
         )
-        for place, row in enumerate(self.ablation(scale, str(source)).measure(scale, runs)):
-            if place == 0:
-                yield from scored({**row, **found, "arm": BEFORE}, source)
-            yield from scored(row, runs / row["run"])
+        return [part.then(self._rows) for part in (pretrained, *adapted)]
+
+    def _rows(self, row: Row, config: RunConfig, run: Path) -> Iterator[Row]:
+        """Scores at half to four times the length adapted at."""
+        length = 2 * self.pretrained[row["scale"]].data.sequence_length
+        lengths = [length // 2, length, 2 * length, 4 * length]
+        yield from by_length(row, run, lengths, trained=length, tokens=config.eval.tokens)
 
     def table(self, rows: Sequence[Row]) -> str:
         """Bits per byte by length."""

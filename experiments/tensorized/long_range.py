@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.tensorized.base import ARMS, arms_table, llama
 from longctx.data.config import DataConfig
 from longctx.eval.recall import evaluate_tasks
-from longctx.reproduce import SCALES, Ablation, Row
+from longctx.reproduce import SCALES, Ablation, Part, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 
 TASKS = ("mqar", "induction")
@@ -41,6 +41,13 @@ def recall(task: str, scale: str) -> RunConfig:
     )
 
 
+def right_answers(row: Row, config: RunConfig, run: Path) -> Iterator[Row]:
+    """`row` with the share of right answers on the run's task at its length."""
+    task, length = config.data.source.removeprefix("task:"), config.data.sequence_length
+    (score,) = evaluate_tasks(run, [task], [length], count=EPISODES[row["scale"]])
+    yield {**row, **{name: score[name] for name in ("task", "length", "accuracy", "chance")}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recall:
     """The arms trained on each task, and their share of right answers at the trained length."""
@@ -55,15 +62,13 @@ class Recall:
             for arm, run in ablation.runs(scale).items()
         }
 
-    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Train every arm on every task, then count right answers."""
-        for task, ablation in self.ablations.items():
-            length = ablation.scales[scale].data.sequence_length
-            for row in ablation.measure(scale, runs):
-                run = runs / row["run"]
-                (score,) = evaluate_tasks(run, [task], [length], count=EPISODES[scale])
-                measured = ("task", "length", "accuracy", "chance")
-                yield {**row, **{name: score[name] for name in measured}}
+    def parts(self, scale: str, runs: Path) -> list[Part]:
+        """A part per task, arm and seed."""
+        return [
+            dataclasses.replace(part, name=f"{task}, {part.name}").then(right_answers)
+            for task, ablation in self.ablations.items()
+            for part in ablation.parts(scale, runs)
+        ]
 
     def table(self, rows: Sequence[Row]) -> str:
         """Accuracy: a line per arm and seed, a column per task."""

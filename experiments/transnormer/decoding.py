@@ -40,7 +40,7 @@ class Grid:
 
 GRIDS = {
     "smoke": Grid(SMOKE.model, 2, (32, 64)),
-    "small": Grid(PAPER.model, 8, (1024, 4096, 16384, 65536)),
+    "small": Grid(PAPER.model, 4, (1024, 8192, 32768)),
     "paper": Grid(MODELS["tnl-7b"], 8, (512, 2048, 8192, 16384)),
 }
 

@@ -3,7 +3,7 @@
 Claim (2405.17381, table 11): Transformer-1B 2.061, TNL-1B 1.896.
 Command: longctx reproduce experiments/transnormer/transformer_1b.py --scale small
 Expected: TNL below the Transformer, by 0.165 bits per token in the paper, where it was 0.114 at
-385M. The small scale is 94M parameters here, 28M there; both read the same 100M bytes.
+385M. The small scale is 94M parameters here, 28M there; both read the same 17M bytes.
 """
 
 import dataclasses

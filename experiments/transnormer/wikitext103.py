@@ -23,7 +23,7 @@ and GPT-2's tokenizer.json (openai-community/gpt2 on the Hugging Face hub) as da
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -37,7 +37,7 @@ from longctx.data.tokenizer import load_tokenizer
 from longctx.eval.score import make_scorer
 from longctx.models import MlpConfig, SoftmaxConfig, tnl
 from longctx.parallel.mesh import make_mesh
-from longctx.reproduce import Ablation, Arm, Row
+from longctx.reproduce import Ablation, Arm, Part, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 from longctx.train.restore import load_run
 
@@ -93,12 +93,16 @@ class Perplexity:
         """The run of each arm."""
         return self.ablation.runs(scale)
 
-    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Check the data, train every arm, score both parts."""
+    def parts(self, scale: str, runs: Path) -> list[Part]:
+        """Check the data; a part per arm, scored on both parts of it."""
         if scale != "smoke":
             check(self.ablation.scales[scale].data)
-        for row in self.ablation.measure(scale, runs):
-            yield {**row, **perplexities(runs / row["run"])}
+
+        def rows(row: Row, config: RunConfig, run: Path) -> list[Row]:
+            del config  # the run has it too
+            return [{**row, **perplexities(run)}]
+
+        return [part.then(rows) for part in self.ablation.parts(scale, runs)]
 
     def table(self, rows: Sequence[Row]) -> str:
         """Perplexity beside the paper's; that of a smoke run is per byte of other text."""

@@ -1,4 +1,4 @@
-"""Synthetic long-context tasks as data: sources named `task:NAME`."""
+"""Synthetic long-context tasks as data: `task:NAME`, or `task:NAME+NAME` for several in turn."""
 
 import dataclasses
 from typing import SupportsIndex
@@ -18,10 +18,10 @@ EPISODES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """The episodes of one task: what a `Corpus` is for text. Its loss counts nats per token."""
+    """The episodes of tasks, in turn: what a `Corpus` is for text. Its loss counts nats per token."""
 
     name: str
-    task: Task
+    tasks: tuple[Task, ...]
     split: Split
     seed: int
 
@@ -36,7 +36,7 @@ class Episodes:
 
 
 def load_episodes(config: DataConfig, split: Split, *, vocab_size: int) -> Episodes:
-    """The episodes that `task:NAME` stands for; held-out ones differ from those of training.
+    """The episodes that `task:NAME+NAME` stands for; held-out ones differ from those of training.
 
     Raises:
       DataError: there is no such task, or the model lacks some of its tokens.
@@ -44,29 +44,31 @@ def load_episodes(config: DataConfig, split: Split, *, vocab_size: int) -> Episo
     name = config.source.removeprefix(PREFIX)
     codec = TextCodec.named(config.tokenizer)
     try:
-        task = named_task(name, codec)
+        tasks = tuple(named_task(one, codec) for one in name.split("+"))
     except ValueError as error:
         raise DataError(f"data.source={config.source}: {error}") from error
-    if task.vocab_size > vocab_size:
+    needed = max(task.vocab_size for task in tasks)
+    if needed > vocab_size:
         raise DataError(
             f"data.source={config.source} needs model.vocab_size={vocab_size} to be at least "
-            f"{task.vocab_size}"
+            f"{needed}"
         )
-    return Episodes(name, task, split, config.seed)
+    return Episodes(name, tasks, split, config.seed)
 
 
 class EpisodeRows:
-    """Random access to the episodes of a task: a grain source of `Example`.
+    """Random access to the episodes of tasks: a grain source of `Example`.
 
     Only the answers are targets: what else an episode holds cannot be predicted.
     """
 
     def __init__(self, episodes: Episodes, length: int) -> None:
-        self._task = episodes.task
+        self._tasks = episodes.tasks
         self._seed, self._split = episodes.seed, "train" if episodes.split == "train" else "test"
         self._length = length
         try:
-            self[0]
+            for index in range(len(self._tasks)):
+                self[index]
         except ValueError as error:
             raise DataError(f"data.source={PREFIX}{episodes.name}: {error}") from error
 
@@ -75,9 +77,10 @@ class EpisodeRows:
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         index = int(index)
+        task = self._tasks[index % len(self._tasks)]
         # One token more than the sequence, so that its last token has a target too.
         episode = episode_at(
-            self._task, index, length=self._length + 1, seed=self._seed, split=self._split
+            task, index, length=self._length + 1, seed=self._seed, split=self._split
         )
         return {
             "tokens": episode.tokens[:-1],

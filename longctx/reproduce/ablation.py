@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +14,8 @@ from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus
 from longctx.figures import tidy
 from longctx.models import count_parameters
-from longctx.reproduce.experiment import Row
+from longctx.reproduce.part import Part, Row, held_out
 from longctx.train.config import RunConfig
-from longctx.train.loop import train
-from longctx.train.metrics import held_out_curve, read_metrics
-from longctx.train.serialize import to_json
 
 SCALES = ("smoke", "small", "paper")
 
@@ -74,18 +70,24 @@ class Ablation:
             raise ValueError(f"{scale=} must be one of {', '.join(SCALES)}")
         return {name: arm.change(self.scales[scale]) for name, arm in self.arms.items()}
 
-    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Train every arm, or find it among `runs` if it was trained before."""
-        for name, config in self.runs(scale).items():
-            is_base = name == self.base
-            for seed in range(self.seeds[scale] if is_base else self.arm_seeds.get(scale, 1)):
-                seeded = dataclasses.replace(
-                    config, train=dataclasses.replace(config.train, seed=config.train.seed + seed)
-                )
-                yield {**self._origin(name, scale, seeded), **trained(seeded, runs)}
+    def parts(self, scale: str, runs: Path) -> list[Part]:
+        """A part per arm and seed: its held-out scores."""
+        del runs  # no arm begins with another's parameters
+        return [
+            Part(
+                f"{name}, seed {seeded.train.seed}",
+                seeded,
+                functools.partial(self._rows, name, scale, seeded),
+            )
+            for name, config in self.runs(scale).items()
+            for seeded in _with_seeds(config, self._count(name, scale))
+        ]
 
-    def _origin(self, name: str, scale: str, config: RunConfig) -> dict[str, Any]:
-        return {
+    def _count(self, name: str, scale: str) -> int:
+        return self.seeds[scale] if name == self.base else self.arm_seeds.get(scale, 1)
+
+    def _rows(self, name: str, scale: str, config: RunConfig, run: Path) -> Iterator[Row]:
+        yield {
             "title": self.title,
             "source": self.source,
             "base": self.base,
@@ -98,6 +100,7 @@ class Ablation:
             "paper": self.arms[name].paper,
             "paper_unit": self.paper_unit,
             **_data(config),
+            **held_out(run),
         }
 
     def table(self, rows: Sequence[Row]) -> str:
@@ -214,6 +217,15 @@ def _spread(scores: Iterable[Sequence[float]]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
+def _with_seeds(config: RunConfig, count: int) -> list[RunConfig]:
+    """`config` with its seed and the ones that follow."""
+    seeds = range(config.train.seed, config.train.seed + count)
+    return [
+        dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+        for seed in seeds
+    ]
+
+
 def _data(config: RunConfig) -> dict[str, Any]:
     """What a run reads, so that rows with another corpus are told apart."""
     digest, size = _corpus(config.data, config.model.vocab_size)
@@ -227,26 +239,6 @@ def _corpus(data: DataConfig, vocab_size: int) -> tuple[str, int]:
     corpus = load_corpus(data, "train", vocab_size=vocab_size)
     assert isinstance(corpus, Corpus), "ablations are trained on text"
     return hashlib.sha256(corpus.tokens.tobytes()).hexdigest()[:16], len(corpus.tokens)
-
-
-def trained(config: RunConfig, runs: Path) -> dict[str, Any]:
-    """The held-out scores of a run and its name in `runs`, where it is trained if it is not yet."""
-    digest = hashlib.sha256(json.dumps(to_json(config), sort_keys=True).encode()).hexdigest()[:16]
-    out = runs / digest
-    curve = _curve(out, config)
-    if curve is None:
-        train(config, out)
-        curve = _curve(out, config)
-        assert curve is not None, f"{out} ended without a held-out score"
-    return {"run": digest, "bits_per_byte": curve[-1][-1], "curve": curve}
-
-
-def _curve(out: Path, config: RunConfig) -> Sequence[tuple[int, float, float]] | None:
-    """The scores of the finished run in `out`; None if it is not there, or not finished."""
-    if not (out / "metrics.jsonl").exists():
-        return None
-    curve = held_out_curve(read_metrics(out / "metrics.jsonl"), config.tokens_per_step)
-    return curve if curve and curve[-1][0] == config.train.steps else None
 
 
 def _number(value: float | None) -> str:

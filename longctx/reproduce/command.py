@@ -9,7 +9,7 @@ import tyro
 
 from longctx.cli import parse
 from longctx.errors import UserError
-from longctx.reproduce.experiment import reproduce as measure
+from longctx.reproduce.many import reproduce as measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,25 +22,27 @@ class ReproduceOptions:
     all: bool = False
     # smoke (seconds), small (one accelerator) or paper (as printed).
     scale: Literal["smoke", "small", "paper"] = "smoke"
-    # Where results go; finished training runs in its folder runs/ are used again.
+    # Where results go; what its folder runs/ holds of an earlier call is used again.
     out: Path = Path("runs/reproduce")
+    # Training runs at once, each in a process of its own, all on the same device. Their compiling,
+    # reading and saving overlaps then; speeds are measured afterwards, one at a time.
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         if bool(self.files) == self.all:
             raise ValueError("give experiment files or --all, and not both")
+        if self.jobs < 1:
+            raise ValueError(f"jobs={self.jobs} must be at least 1")
 
 
 def reproduce(arguments: Sequence[str]) -> None:
-    """`longctx reproduce FILE... [--scale SCALE] [--out DIR]`."""
+    """`longctx reproduce FILE... [--scale SCALE] [--out DIR] [--jobs N]`."""
     options = parse(ReproduceOptions, "reproduce", arguments)
     files = sorted(experiment_files(Path("experiments"))) if options.all else options.files
-    for file in files:
-        try:
-            folder = measure(file, options.scale, options.out)
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from error
-        print((folder / "table.md").read_text())
-        print(f"{folder}: results.jsonl, table.md, figure.png\n")
+    try:
+        measure(files, options.scale, options.out, options.jobs)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def experiment_files(root: Path) -> list[Path]:

@@ -1,26 +1,21 @@
 """What `longctx reproduce` asks of an experiment file, and what it leaves behind."""
 
+import dataclasses
+import functools
 import importlib.util
+import json
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from longctx.provenance import read_rows, write_rows
+from longctx.reproduce.part import Part, Row, rows_of
 
-type Row = Mapping[str, Any]
 
-
-@runtime_checkable
 class Experiment(Protocol):
     """One table or figure of a paper."""
-
-    def measure(self, scale: str, runs: Path) -> Iterable[Row]:
-        """Measure it at a scale ("smoke", "small" or "paper"); `runs` keeps finished training.
-
-        Rows are written down as they come.
-        """
-        ...
 
     def table(self, rows: Sequence[Row]) -> str:
         """The rows as a Markdown table, the paper's number beside ours."""
@@ -31,7 +26,28 @@ class Experiment(Protocol):
         ...
 
 
-def load(file: Path) -> Experiment:
+@runtime_checkable
+class Whole(Experiment, Protocol):
+    """An experiment that is measured in one go."""
+
+    def measure(self, scale: str, runs: Path) -> Iterable[Row]:
+        """Measure it at a scale ("smoke", "small" or "paper"); rows are written down as they come.
+
+        Nothing else uses the device meanwhile. In `runs` are the runs of other experiments.
+        """
+        ...
+
+
+@runtime_checkable
+class Divided(Experiment, Protocol):
+    """An experiment on trained runs."""
+
+    def parts(self, scale: str, runs: Path) -> Sequence[Part]:
+        """Its parts at a scale, in the order of the table; trained runs are in `runs`."""
+        ...
+
+
+def load(file: Path) -> Whole | Divided:
     """The `EXPERIMENT` of an experiment file.
 
     The folder that holds `experiments/` is put on the import path, so that such a file may
@@ -51,21 +67,70 @@ def load(file: Path) -> Experiment:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     experiment = getattr(module, "EXPERIMENT", None)
-    if not isinstance(experiment, Experiment):
-        raise ValueError(f"experiment {file} must define EXPERIMENT, with measure, table and draw")
+    if not isinstance(experiment, Whole | Divided):
+        raise ValueError(
+            f"experiment {file} must define EXPERIMENT, with table, draw, and parts or measure"
+        )
     return experiment
 
 
-def reproduce(file: Path, scale: str, out: Path) -> Path:
-    """Measure the experiment in `file`; write results.jsonl, table.md and figure.png.
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """An experiment file at a scale, and where its results go."""
 
-    Returns:
-      The folder of the three files, `out/<paper>/<experiment>/<scale>`.
-    """
-    experiment = load(file)
-    folder = out / file.resolve().parent.name / file.stem / scale
-    write_rows(folder / "results.jsonl", experiment.measure(scale, out / "runs"))
-    rows = read_rows(folder / "results.jsonl")
-    (folder / "table.md").write_text(experiment.table(rows))
-    experiment.draw(rows, folder / "figure.png")
-    return folder
+    file: Path
+    scale: str
+    out: Path
+
+    @functools.cached_property
+    def experiment(self) -> Whole | Divided:
+        """What the file defines."""
+        return load(self.file)
+
+    @functools.cached_property
+    def parts(self) -> Sequence[Part]:
+        """Of a divided experiment."""
+        whole = not isinstance(self.experiment, Divided)
+        return () if whole else self.experiment.parts(self.scale, self.runs)
+
+    @property
+    def runs(self) -> Path:
+        """Where trained runs are, those of all experiments."""
+        return self.out / "runs"
+
+    @property
+    def name(self) -> str:
+        """Paper, experiment and scale."""
+        return f"{self.file.resolve().parent.name}.{self.file.stem}.{self.scale}"
+
+    @property
+    def folder(self) -> Path:
+        """Of results.jsonl, table.md and figure.png."""
+        return self.out.joinpath(*self.name.split("."))
+
+    @property
+    def results(self) -> Path:
+        """All rows."""
+        return self.folder / "results.jsonl"
+
+    def collect(self) -> int:
+        """Write down the rows of the parts that are measured; the number of these."""
+        found = [rows for part in self.parts if (rows := rows_of(part, self.name, self.runs))]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.results.with_suffix(".unfinished")
+        unfinished.write_text("".join(f"{json.dumps(row)}\n" for rows in found for row in rows))
+        os.replace(unfinished, self.results)
+        return len(found)
+
+    def measure(self) -> None:
+        """Measure an experiment that is not divided."""
+        assert isinstance(self.experiment, Whole)
+        write_rows(self.results, self.experiment.measure(self.scale, self.runs))
+
+    def show(self) -> None:
+        """Write table.md and figure.png, and print the table."""
+        rows = read_rows(self.results)
+        table = self.experiment.table(rows)
+        (self.folder / "table.md").write_text(table)
+        self.experiment.draw(rows, self.folder / "figure.png")
+        print(f"{table}\n{self.folder}: results.jsonl, table.md, figure.png\n", flush=True)

@@ -110,25 +110,10 @@ def read_metrics(path: pathlib.Path) -> list[Record]:
     return records
 
 
-def held_out_curve(
-    records: Sequence[Record], tokens_per_step: int
-) -> list[tuple[int, float, float]]:
-    """Held-out bits per byte over a run: (steps, seconds of training, score).
-
-    The seconds are those of the steps alone, without compiling, evaluating and saving; steps whose
-    speed was not measured count as fast as the next ones.
-    """
-    curve, seconds, timed, speed = [], 0.0, 0, None
-    for record in records:
-        step = int(record["step"] or 0)
-        if record.get("tokens_per_second"):
-            speed = record["tokens_per_second"]
-            seconds += (step - timed) * tokens_per_step / speed
-            timed = step
-        if record.get("valid_bits_per_byte") is not None:
-            rest = (step - timed) * tokens_per_step / speed if speed else 0.0
-            curve.append((step, seconds + rest, record["valid_bits_per_byte"]))
-    return curve
+def held_out_curve(records: Sequence[Record]) -> list[tuple[int, float]]:
+    """Held-out bits per byte over a run: (steps, score)."""
+    scores = [(r["step"], r.get("valid_bits_per_byte")) for r in records]
+    return [(int(step or 0), score) for step, score in scores if score is not None]
 
 
 def forget_after(path: pathlib.Path, step: int) -> None:

@@ -42,35 +42,39 @@ def check_outputs(experiment, rows, folder):
     assert (folder / "figure.png").stat().st_size > 1000
 
 
-def test_sparse_comparison_shows_loss_by_step_and_time(tmp_path, monkeypatch):
+def test_sparse_comparison_shows_loss_by_step_and_time(tmp_path):
     """Two seeds of every arm; what is slower or worse than the base reaches its loss later."""
     experiment = load(FOLDER / "sparse_flash" / "language_model.py")
-    chosen = {name: experiment.arms[name] for name in ("dense tied", "hash nb=4", "drop 0.7")}
-    experiment = dataclasses.replace(experiment, arms=chosen)
-
-    def train(config, out):
-        """Leaves the metrics of a run that gains a bit in every quarter."""
-        mixer, steps = config.model.mixers[0], config.train.steps
-        seconds = {"tied": 60.0, "hash": 30.0, "drop": 18.0}[mixer]
-        speed = config.tokens_per_step * steps / seconds
-        out.mkdir(parents=True)
-        with (out / "metrics.jsonl").open("w") as file:
-            for quarter in (1, 2, 3, 4):
-                step, loss = quarter * steps // 4, 7.0 - quarter + (mixer == "drop")
-                print(json.dumps({"step": step, "tokens_per_second": speed}), file=file)
-                print(json.dumps({"step": step, "valid_bits_per_byte": loss}), file=file)
-
-    monkeypatch.setattr("longctx.reproduce.ablation.train", train)
-    rows = [row | {"device": "none"} for row in experiment.measure("small", tmp_path)]
-    assert [(r["arm"], r["seed"]) for r in rows] == [(a, seed) for a in chosen for seed in (0, 1)]
+    seconds = {"dense tied": 60.0, "hash nb=4": 30.0, "drop 0.7": 18.0}
+    rows = [
+        {
+            **{"arm": arm, "seed": seed, "scale": "small", "base": "dense tied", "paper": None},
+            **{"parameters": 10**6, "tokens": 4000, "epochs": 1.0, "corpus": "x", "device": "none"},
+            "tokens_per_second": 4000 / seconds[arm],
+            "curve": [[100 * n, 7.0 - n + (arm == "drop 0.7")] for n in (1, 2, 3, 4)],
+            "bits_per_byte": 3.0 + (arm == "drop 0.7"),
+        }
+        for arm in seconds
+        for seed in (0, 1)
+    ]
     table = experiment.table(rows)
     for line in (
-        "| dense tied | 0 | 60 | 60 |",
-        "| hash nb=4 | 1 | 30 | 30 |",
-        "| drop 0.7 | 0 | 18 | never |",
+        "| dense tied | 0 | 60.0 | 60.0 |",
+        "| hash nb=4 | 1 | 30.0 | 30.0 |",
+        "| drop 0.7 | 0 | 18.0 | never |",
     ):
         assert line in table
     check_outputs(experiment, rows, tmp_path)
+    untimed = [row | {"tokens_per_second": None} for row in rows]  # interrupted before
+    assert "| drop 0.7 | 1.0M | 4.0000 |" in experiment.table(untimed)
+    check_outputs(experiment, untimed, tmp_path)
+
+
+def test_sparse_parts_are_two_seeds_of_every_arm(tmp_path):
+    experiment = load(FOLDER / "sparse_flash" / "language_model.py")
+    parts = experiment.parts("small", tmp_path)
+    assert [part.name for part in parts[:2]] == ["dense tied, seed 0", "dense tied, seed 1"]
+    assert len(parts) == 2 * len(experiment.arms) and all(part.timed for part in parts)
 
 
 def test_runtime_shows_the_papers_ratios(tmp_path):

@@ -47,7 +47,7 @@ def test_scores_by_length_and_place(trained):
 
 
 def rows_of(name):
-    """Rows as `measure` makes them, with numbers that can be told apart."""
+    """Rows as the parts make them, with numbers that can be told apart."""
     shared = {"seed": 0, "scale": "smoke", "device": "cpu", "trained": 64}
     if name == "long_range":
         return [
@@ -99,7 +99,7 @@ def test_adapted_arms_go_on_from_the_pretrained_run():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_runs(name, tmp_path):
-    folder = reproduce(FOLDER / f"{name}.py", "smoke", tmp_path)
+    (folder,) = reproduce([FOLDER / f"{name}.py"], "smoke", tmp_path)
     rows = read_rows(folder / "results.jsonl")
     scores = [r["accuracy"] if name == "long_range" else r["bits_per_byte"] for r in rows]
     assert np.isfinite(scores).all() and (folder / "figure.png").stat().st_size > 5000

@@ -38,7 +38,7 @@ def test_arms_differ_from_the_base_and_say_what_the_paper_found(file):
         ("gating", "with gate", 385),
         ("gating", "without gate", 379),
         ("positional_encoding", "APE", 386),
-        ("transformer", "TNL, larger", 992),
+        ("transformer_1b", "TNL", 992),
     ],
 )
 def test_parameter_counts_at_paper_scale(file, arm, millions):

@@ -1,0 +1,134 @@
+"""Many experiments, their parts measured by several processes that share the device."""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from longctx.errors import UserError
+from longctx.reproduce.experiment import Study, Whole
+from longctx.reproduce.part import Part, measured, run_name
+from longctx.reproduce.speed import timed
+
+type Task = tuple[Study, int]  # a study and the number of one of its parts
+
+
+def reproduce(files: Sequence[Path], scale: str, out: Path, jobs: int = 1) -> list[Path]:
+    """Measure experiments; write results.jsonl, table.md and figure.png of each.
+
+    What was measured before into `out` is kept: an interrupted call goes on where it stopped. With
+    several `jobs` so many processes share the device, and some train while others compile; speeds
+    are measured later, one at a time; experiments that are not divided come last, in this process.
+
+    Returns:
+      The folders of the results, `out/<paper>/<experiment>/<scale>`.
+
+    Raises:
+      ValueError: a file is not an experiment, or it refuses the scale.
+      UserError: some parts failed; all others are written down.
+    """
+    studies = [Study(file, scale, out) for file in files]
+    tasks = [(study, n) for study in studies for n in range(len(study.parts))]
+    # Parts that wait for another run would only keep a process waiting.
+    tasks.sort(key=lambda task: _part(task).after is not None)
+    timings = [task for task in tasks if _part(task).timed]
+    waiting = {study.name: study for study in studies}
+    failed: list[str] = []
+    try:
+        with _workers(jobs) as each:
+            for study, error in each(_measure, tasks):
+                failed += error
+                done = study.collect() == len(study.parts)
+                if done and not any(part.timed for part in study.parts):
+                    waiting.pop(study.name).show()
+            for study, error in each(_time, timings):
+                failed += error
+                study.collect()
+        for study in studies:
+            if isinstance(study.experiment, Whole):
+                study.measure()
+                waiting.pop(study.name).show()
+    finally:
+        for study in waiting.values():
+            if study.results.exists() and study.results.stat().st_size:
+                study.show()
+    if failed:
+        raise UserError(f"{len(failed)} parts failed: {'; '.join(failed)}")
+    return [study.folder for study in studies]
+
+
+def _part(task: Task) -> Part:
+    study, number = task
+    return study.parts[number]
+
+
+type Step = Callable[[Path, str, Path, int], None]
+type Each = Callable[[Step, Sequence[Task]], Iterator[tuple[Study, list[str]]]]
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Each]:
+    """What takes a step for each task, in several processes or (of one job) in this one.
+
+    It yields the study of each task when it is done, and how it failed. In this process a failure
+    is raised at once instead.
+    """
+    if jobs == 1:
+        yield _in_turn
+        return
+    # Otherwise the first process would take most of the device's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
+        yield functools.partial(_at_once, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_turn(step: Step, tasks: Sequence[Task]) -> Iterator[tuple[Study, list[str]]]:
+    for study, number in tasks:
+        step(study.file, study.scale, study.out, number)
+        yield study, []
+
+
+def _at_once(
+    pool: ProcessPoolExecutor, step: Step, tasks: Sequence[Task]
+) -> Iterator[tuple[Study, list[str]]]:
+    began = time.perf_counter()
+    futures = {
+        pool.submit(_quietly, step, study.file, study.scale, study.out, n): (study, n)
+        for study, n in tasks
+    }
+    for count, future in enumerate(as_completed(futures), start=1):
+        task = futures[future]
+        what, error = f"{task[0].name}, {_part(task).name}", future.exception()
+        seconds = f"{time.perf_counter() - began:.0f} s"
+        outcome = "" if error is None else f": {error!r}"
+        print(f"{count}/{len(futures)} after {seconds}: {what}{outcome}", flush=True)
+        yield task[0], [] if error is None else [f"{what}: {error}"]
+
+
+def _quietly(step: Step, file: Path, scale: str, out: Path, number: int) -> None:
+    """Take a step whose output goes to the run's log.txt."""
+    study = _study(file, scale, out)
+    log = study.runs / run_name(study.parts[number].config) / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        step(file, scale, out, number)
+
+
+_study = functools.cache(Study)  # a process reads an experiment file once
+
+
+def _measure(file: Path, scale: str, out: Path, number: int) -> None:
+    study = _study(file, scale, out)
+    measured(study.parts[number], study.name, study.runs)
+
+
+def _time(file: Path, scale: str, out: Path, number: int) -> None:
+    study = _study(file, scale, out)
+    timed(study.parts[number], study.runs)

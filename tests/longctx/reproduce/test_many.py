@@ -1,0 +1,41 @@
+"""Parts of experiments: measured once, by one process or several, and shown when some fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longctx.errors import UserError
+from longctx.reproduce import many
+from longctx.reproduce.command import reproduce
+
+STUDY = Path(__file__).with_name("study.py")
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_parts_are_measured_once_and_say_where(jobs, tmp_path):
+    reproduce([str(STUDY), "--out", str(tmp_path), "--jobs", str(jobs)])
+    results = tmp_path / "reproduce" / "study" / "smoke" / "results.jsonl"
+    second, first = (json.loads(line) for line in results.read_text().splitlines())
+    assert (second["arm"], first["arm"]) == ("second", "first")  # as the experiment has them
+    assert first["tokens_per_second"] > 0 and "tokens_per_second" not in second
+    assert f"--jobs {jobs}" in first["command"] or jobs == 1
+    assert second["bits_per_byte"] != first["bits_per_byte"]
+    (rows,) = tmp_path.glob(f"runs/{first['run']}/reproduce.study.smoke.jsonl")
+    rows.write_text(rows.read_text().replace("cpu", "another machine"))
+    reproduce([str(STUDY), "--out", str(tmp_path)])
+    second, first = (json.loads(line) for line in results.read_text().splitlines())
+    assert (first["device"], second["device"]) == ("another machine", "cpu")
+
+
+def test_what_was_measured_before_a_failure_is_shown(tmp_path, monkeypatch):
+    def fails(part, name, runs):
+        if part.name == "second":
+            raise ValueError("broken on purpose")
+        return measured(part, name, runs)
+
+    measured = many.measured
+    monkeypatch.setattr(many, "measured", fails)
+    with pytest.raises(UserError, match="broken on purpose"):
+        reproduce([str(STUDY), "--out", str(tmp_path)])
+    assert (tmp_path / "reproduce" / "study" / "smoke" / "table.md").read_text() == "first None\n"
