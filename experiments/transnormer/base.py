@@ -2,8 +2,9 @@
 
 paper: TNL-385M, 100K updates as printed; optimizer settings of the first author's own small TNL,
 since the papers print none; 256 sequences of 1024 (ours: the paper's batch is not printed).
-small: the same architecture at 28M parameters on bytes, 17M tokens of the standard library, some
-seconds a run on one H100 (ours); differences of a few thousandths of a bit stay unresolved. smoke: two steps of a tiny model, to show that every arm runs.
+small: the same architecture at 28M parameters on bytes, 17M tokens of the standard library (ours),
+so that all tables together take minutes of one GPU; small differences stay unresolved with so few.
+smoke: two steps of a tiny model, to show that every arm runs.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ EPISODES = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Episodes:
-    """The episodes of tasks, in turn: what a `Corpus` is for text. Its loss counts nats per token."""
+    """The episodes of tasks, in turn: what a `Corpus` is for text; its loss is in nats a token."""
 
     name: str
     tasks: tuple[Task, ...]

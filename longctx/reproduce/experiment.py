@@ -90,8 +90,8 @@ class Study:
     @functools.cached_property
     def parts(self) -> Sequence[Part]:
         """Of a divided experiment."""
-        whole = not isinstance(self.experiment, Divided)
-        return () if whole else self.experiment.parts(self.scale, self.runs)
+        experiment = self.experiment
+        return experiment.parts(self.scale, self.runs) if isinstance(experiment, Divided) else ()
 
     @property
     def runs(self) -> Path:
@@ -113,14 +113,13 @@ class Study:
         """All rows."""
         return self.folder / "results.jsonl"
 
-    def collect(self) -> int:
-        """Write down the rows of the parts that are measured; the number of these."""
-        found = [rows for part in self.parts if (rows := rows_of(part, self.name, self.runs))]
+    def collect(self) -> None:
+        """Write down the rows of the parts that are measured."""
+        rows = [row for part in self.parts for row in rows_of(part, self.name, self.runs)]
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.results.with_suffix(".unfinished")
-        unfinished.write_text("".join(f"{json.dumps(row)}\n" for rows in found for row in rows))
+        unfinished.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         os.replace(unfinished, self.results)
-        return len(found)
 
     def measure(self) -> None:
         """Measure an experiment that is not divided."""

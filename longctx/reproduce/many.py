@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -36,24 +37,24 @@ def reproduce(files: Sequence[Path], scale: str, out: Path, jobs: int = 1) -> li
     # Parts that wait for another run would only keep a process waiting.
     tasks.sort(key=lambda task: _part(task).after is not None)
     timings = [task for task in tasks if _part(task).timed]
+    steps = Counter(study.name for study, _ in tasks + timings)
     waiting = {study.name: study for study in studies}
     failed: list[str] = []
     try:
         with _workers(jobs) as each:
-            for study, error in each(_measure, tasks):
-                failed += error
-                done = study.collect() == len(study.parts)
-                if done and not any(part.timed for part in study.parts):
-                    waiting.pop(study.name).show()
-            for study, error in each(_time, timings):
-                failed += error
-                study.collect()
+            for step, todo in ((_measure, tasks), (_time, timings)):
+                for study, error in each(step, todo):
+                    failed += error
+                    study.collect()
+                    steps[study.name] -= 1
+                    if not steps[study.name]:
+                        waiting.pop(study.name).show()
         for study in studies:
             if isinstance(study.experiment, Whole):
                 study.measure()
                 waiting.pop(study.name).show()
     finally:
-        for study in waiting.values():
+        for study in waiting.values():  # what there is of those that were interrupted
             if study.results.exists() and study.results.stat().st_size:
                 study.show()
     if failed:

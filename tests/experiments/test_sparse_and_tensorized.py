@@ -1,6 +1,5 @@
 """The experiments of 2306.01160 and 2410.20926: arms differ by their attention; coverage is 1."""
 
-import dataclasses
 import json
 from pathlib import Path
 
