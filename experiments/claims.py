@@ -143,13 +143,29 @@ PAPERS: dict[str, list[Section]] = {
     ],
     "Ring Attention (2310.01889)": [
         experiment("ring_attention/max_context", lines.max_context, needs="the compilers alone"),
-        bench(
-            "ring",
-            "Ring attention",
-            "Two GPUs take half of one GPU's time.",
-            lines.ring,
-            "ring",
-            needs="two H100",
+        *(
+            bench(f"ring_{group}", title, claim, reader, f"ring --groups {group}", "two H100")
+            for group, title, claim, reader in (
+                ("ideal", "Ring attention", "Two GPUs take half of one's time.", lines.ring),
+                (
+                    "strategies",
+                    "Strategies over devices",
+                    '"auto" is within 5% of the fastest.',
+                    lines.strategies,
+                ),
+                (
+                    "training",
+                    "Training over devices",
+                    "A device is as fast as one alone at as many tokens.",
+                    lines.ring_training,
+                ),
+                (
+                    "longest",
+                    "Longest sequences over devices",
+                    "Two devices train on twice the length of one.",
+                    lines.ring_longest,
+                ),
+            )
         ),
         *(
             bench(

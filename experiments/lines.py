@@ -125,13 +125,13 @@ def by_operator(rival: str, *names: str) -> Reader:
 
 
 def ring(rows: Sequence[Row]) -> Iterator[Line]:
-    """Strategies over devices against an equal share of one device; training beside one device."""
-    exact = {_shape(r): r["errors"] for r in rows if r.get("name") == "ours" and "errors" in r}
+    """Strategies over devices against an equal share of one device; their errors, hidden moves."""
+    exact = {_shape(r): r["errors"] for r in rows if r["name"] == "ours" and "errors" in r}
     for r in rows:
         if "of_ideal" in r:
-            beside = f"1/{r['devices']} of one device"
             ideal = {"ms": r["ideal_ms"]}
-            yield _ms(_sharded(r), ideal, r, "ms", beside, r["name"] == "ring")
+            headline = r["group"] == "ideal"
+            yield _ms(_sharded(r), ideal, r, "ms", f"1/{r['devices']} of one device", headline)
         if "errors" in r and r["devices"] > 1:
             ours, one = (max(e.values()) for e in (r["errors"], exact[_shape(r)]))
             what = f"{_sharded(r)}: error against float64"
@@ -139,15 +139,41 @@ def ring(rows: Sequence[Row]) -> Iterator[Line]:
         if "overlap" in r:
             shown = ("all of it", f"{r['overlap']:.1%}")
             yield Line(f"{_sharded(r)}: hidden communication", "", *shown, r["overlap"])
-        if r["group"] == "training" and r.get("of_first", 1) != 1:
+
+
+def strategies(rows: Sequence[Row]) -> Iterator[Line]:
+    """As `ring`, and what "auto" picks beside the fastest."""
+    yield from ring(rows)
+    shapes: dict[tuple[Any, ...], list[Row]] = {}
+    for r in rows:
+        if "of_ideal" in r:
+            shapes.setdefault((r["devices"], *_shape(r)), []).append(r)
+    for same in shapes.values():
+        best = min(same, key=lambda r: r["ms"])
+        auto = next((r for r in same if r["name"] == r["auto"]), None)
+        if auto is not None:
+            what = f'"auto" takes {_sharded(auto)}'
+            yield _ms(what, best, auto, "ms", f"the fastest, {best['name']}")
+
+
+def ring_training(rows: Sequence[Row]) -> Iterator[Line]:
+    """Training over devices beside one device."""
+    for r in rows:
+        if r["devices"] > 1 and "failed" not in r:
             ours = r["tokens_per_second_per_device"]
             what = f"training {r['model']}, {r['devices']} devices, {r['per_device']} tokens each"
             yield _speed(f"{what}: per device", "one device", ours / r["of_first"], ours, True)
-        if r["group"] == "longest" and r.get("of_first", 1) != 1:
-            first = r["length"] / r["of_first"] / r["devices"]
-            what = f"longest sequence that trains, {r['model']}, {r['devices']} devices"
+
+
+def ring_longest(rows: Sequence[Row]) -> Iterator[Line]:
+    """Longest sequences over devices beside one device's."""
+    for r in rows:
+        if r["devices"] > 1:
+            first = r["per_device"] / r["of_first"]
+            memory = f"{r['memory_bytes'] / 1e9:.0f} GB each"
+            what = f"longest sequence that trains, {r['model']}, {r['devices']} devices, {memory}"
             shown = (f"{first:,.0f} tokens", f"{r['length']:,} tokens")
-            yield Line(what, "one device", *shown, r["length"] / first, True)
+            yield Line(what, "one device", *shown, r["length"] / first, r["ran"])
 
 
 def _shape(r: Row) -> tuple[Any, ...]:

@@ -66,12 +66,17 @@ def plan(arguments: Sequence[str]) -> None:
 
 def compile_step(config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The training step of a run, compiled for the devices of `mesh`; nothing is allocated."""
+    return lower_step(config, mesh).compile()
+
+
+def lower_step(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step of a run, traced for the devices of `mesh`; nothing is allocated."""
     shape = (config.data.batch_size, config.data.sequence_length)
     sharding = NamedSharding(mesh, P(BATCH, "seq"))
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     with jax.set_mesh(mesh):
         state = abstract_state(config, mesh)
-        return make_train_step(config).lower(state, dict.fromkeys(MODEL_FIELDS, tokens)).compile()
+        return make_train_step(config).lower(state, dict.fromkeys(MODEL_FIELDS, tokens))
 
 
 def report_of(config: RunConfig, topology: str) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from longctx.device.programs import compile_all
 from longctx.figures import length_axis, tidy
 from longctx.models import count_parameters, transformer
 from longctx.parallel.mesh import make_mesh
+from longctx.plan import lower_step
 from longctx.reproduce import Row
 from longctx.train.config import RunConfig
 from longctx.train.flops import device_peak, step_flops
-from longctx.train.step import abstract_state, create_state, make_train_step, put_batch
+from longctx.train.step import create_state, put_batch
 
 # Tokens per GPU and second of the 0.4B models in the paper, by sequence length.
 PAPER_SPEED = {
@@ -67,7 +68,8 @@ class TrainingSpeed:
                     ))
                     for length in lengths
                 ]  # fmt: skip
-                rows += time_steps(name, configs, mesh)
+                steps = compile_all(functools.partial(lower_step, c, mesh) for c in configs)
+                rows += time_steps(name, configs, steps, mesh)
         return rows
 
     def table(self, rows: Sequence[Row]) -> str:
@@ -124,25 +126,26 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
-def time_steps(name: str, configs: Sequence[RunConfig], mesh: jax.sharding.Mesh) -> Sequence[Row]:
-    """Time one model at all lengths; they share one training state."""
+def time_steps(
+    name: str,
+    configs: Sequence[RunConfig],
+    compiled: Sequence[jax.stages.Compiled],
+    mesh: jax.sharding.Mesh,
+    repeats: int = STEPS,
+) -> Sequence[Row]:
+    """Time one model's compiled steps at all lengths; they share one training state."""
     rng = np.random.default_rng(0)
-    batches = [_random_batch(config, rng, mesh) for config in configs]
-
-    steps = compile_all(
-        functools.partial(make_train_step(config).lower, abstract_state(config, mesh), batch)
-        for config, batch in zip(configs, batches, strict=True)
-    )
     state = create_state(configs[0], mesh)
     parameters = count_parameters(configs[0].model)
     rows: list[dict[str, Any]] = []
-    for config, step, batch in zip(configs, steps, batches, strict=True):
+    for config, step in zip(configs, compiled, strict=True):
+        batch = _random_batch(config, rng, mesh)
         length, tokens = config.data.sequence_length, config.tokens_per_step
         row = {"model": name, "parameters": parameters, "length": length, "tokens": tokens}
         rows.append(row | {"paper": PAPER_SPEED[name].get(length)})
         seconds = []
         try:
-            for _ in range(1 + STEPS):
+            for _ in range(1 + repeats):
                 began = time.perf_counter()
                 state, metrics = step(state, batch)
                 jax.block_until_ready((state, metrics))

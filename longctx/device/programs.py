@@ -10,9 +10,11 @@ import jax
 def compile_all(
     lowerings: Iterable[Callable[[], jax.stages.Lowered]],
     refusals: tuple[type[BaseException], ...] = (),
+    options: dict[str, Any] | None = None,
 ) -> list[Any]:
     """Every program compiled, or that of the `refusals` which it raised, in the order given.
 
+    `options` are XLA's.
     Lowering is Python, of which one thread runs at a time: the programs are lowered one after
     another, and compile side by side as soon as they are.
     """
@@ -27,7 +29,7 @@ def compile_all(
         started: list[Future[jax.stages.Compiled] | BaseException] = []
         for lower in lowerings:
             try:
-                started.append(pool.submit(lower().compile))
+                started.append(pool.submit(lower().compile, compiler_options=options))
             except refusals as refusal:
                 started.append(refusal)
         return [result(start) for start in started]

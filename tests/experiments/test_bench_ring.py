@@ -5,6 +5,7 @@ import sys
 import jax
 import pytest
 
+from experiments import lines
 from experiments.bench.ring import __main__ as command
 from experiments.bench.ring import attention, schedule
 from experiments.bench.ring.programs import Case
@@ -13,68 +14,115 @@ from longctx.provenance import read_rows
 
 def run(monkeypatch, module, *arguments):
     monkeypatch.setattr(sys, "argv", ["ring", *map(str, arguments)])
-    module.main()
+    return module.main()
+
+
+def options_of(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ring", *map(str, arguments)])
+    return command.parse()
 
 
 def test_every_shape_that_is_claimed_is_among_the_cases(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(attention, "measure", lambda options: asked.update(vars(options)) or [])
-    monkeypatch.setitem(command.GROUPS, "attention", command.Group(attention.measure, str))
-    run(monkeypatch, command, "--groups", "attention", "--devices", 1, 2, 4, 8)
-    options = type("Options", (), asked)
-    found = set(attention.cases(options))
-    for heads in ((16, 16), (64, 8)):
-        for which in ("forward", "forward_backward"):
-            for strategy in ("ring", "all_gather", "ulysses", "usp"):
-                for local in (8192, 32768):
-                    assert Case(8 * local, *heads, which, strategy, 8) in found
-            assert Case(131072, *heads, which, "ring", 2) in found
-            assert Case(131072, *heads, which, "ours") in found
-            assert {part for *_, n, part in found if n == 2} == {"full", "compute", "communication"}
-    for case in found:
+    options = options_of(monkeypatch, "--devices", 1, 2, 4, 8)
+    ring = set(attention.ideal_cases(options))
+    strategies = set(attention.strategy_cases(options))
+    for which in ("forward", "forward_backward"):
+        for length in (32768, 131072):
+            assert Case(length, 16, 16, which, "ours") in ring
+            for part in ("full", "compute", "communication"):
+                assert Case(length, 16, 16, which, "ring", 2, part) in ring
+        for heads in ((16, 16), (64, 8)):
+            for local in (4096, 8192, 32768):
+                assert Case(2 * local, *heads, which, "ours") in strategies
+                for strategy in ("ring", "all_gather", "ulysses"):
+                    assert Case(2 * local, *heads, which, strategy, 2) in strategies
+                for strategy in ("ring", "all_gather", "ulysses", "usp"):
+                    assert Case(8 * local, *heads, which, strategy, 8) in strategies
+    for case in ring | strategies:
         case.layout.check(case.length, case.devices)
 
 
-@pytest.mark.slow
-def test_rows_and_chart(monkeypatch, tmp_path):
-    milliseconds = {"full": 4.0, "compute": 3.0, "communication": 2.0}
-    todo = iter([])
+MILLISECONDS = {"full": 4.0, "compute": 3.0, "communication": 2.0}
+SMALL = ("--devices", 1, 2, "--per-device", 128, "--totals", 256, "--heads", "2:2", "--smoke")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every program runs once, and takes what its part is said to take."""
+    ran = []
 
     def time_once(program, *args, **_):
         jax.block_until_ready(program(*args))
-        return milliseconds[next(todo).part]
-
-    cases = attention.cases
-
-    def remember(options):
-        nonlocal todo
-        found = list(cases(options))
-        todo = iter(found)
-        return found
+        return MILLISECONDS[ran.pop(0)]
 
     monkeypatch.setattr(attention, "time_ms", time_once)
-    monkeypatch.setattr(attention, "cases", remember)
-    sizes = ("--devices", 1, 2, "--per-device", 128, "--totals", 256, "--heads", "2:1")
-    run(monkeypatch, command, *sizes, "--smoke", "--memory", 1.5e7, "--out", tmp_path)
-    rows = read_rows(tmp_path / "ring.jsonl")
-    shares = [row["of_ideal"] for row in rows if "of_ideal" in row]
-    assert shares == [0.5] * 6  # ring, all_gather, ulysses; forward, forward and backward
-    single = next(row["errors"] for row in rows if row.get("name") == "ours" and "errors" in row)
-    sharded = [row["errors"] for row in rows if "errors" in row and row["devices"] == 2]
-    assert len(sharded) == 3
-    for errors in sharded:
+    for name in ("ideal_cases", "strategy_cases"):
+        cases = getattr(attention, name)
+
+        def remember(options, cases=cases):
+            for case in cases(options):
+                ran.append(case.part)
+                yield case
+
+        monkeypatch.setattr(attention, name, remember)
+
+
+def check_errors(rows, sharded):
+    (single,) = (row["errors"] for row in rows if row["devices"] == 1 and "errors" in row)
+    found = [row["errors"] for row in rows if "errors" in row and row["devices"] == 2]
+    assert len(found) == sharded
+    for errors in found:
         assert all(errors[x] <= 1.1 * single[x] for x in ("o", "dq", "dk", "dv"))
+
+
+@pytest.mark.slow
+def test_a_ring_is_measured_in_three_parts(monkeypatch, clock, tmp_path):
+    assert run(monkeypatch, command, *SMALL, "--groups", "ideal", "--out", tmp_path) == 0
+    rows = read_rows(tmp_path / "ring_ideal.jsonl")
+    assert [row["of_ideal"] for row in rows if "of_ideal" in row] == [0.5] * 2
     assert [row["overlap"] for row in rows if "overlap" in row] == [(3 + 2 - 4) / 2] * 2
-    training = [row for row in rows if row["group"] == "training"]
-    assert {(row["model"], row["devices"]) for row in training} == {
-        (model, devices) for model in ("TNL", "Transformer") for devices in (1, 2)
-    }
-    longest = [row for row in rows if row["group"] == "longest"]
-    assert len(longest) == 4
+    check_errors(rows, 1)
+    assert len(list(lines.ring(rows))) == 5
+
+
+@pytest.mark.slow
+def test_strategies_stand_beside_each_other(monkeypatch, clock, tmp_path):
+    assert run(monkeypatch, command, *SMALL, "--groups", "strategies", "--out", tmp_path) == 0
+    rows = read_rows(tmp_path / "ring_strategies.jsonl")
+    assert [row["of_ideal"] for row in rows if "of_ideal" in row] == [0.5] * 6
+    check_errors(rows, 3)
+    assert [x.ratio for x in lines.strategies(rows) if x.what.startswith('"auto"')] == [1.0] * 2
+    assert (tmp_path / "ring_strategies.png").exists()
+
+
+@pytest.mark.slow
+def test_whole_steps_and_the_longest(monkeypatch, tmp_path):
+    what = ("--groups", "training", "longest", "--memory", 1.5e7, "--models", "TNL")
+    assert run(monkeypatch, command, *SMALL, *what, "--out", tmp_path) == 0
+    training = read_rows(tmp_path / "ring_training.jsonl")
+    assert [(row["model"], row["devices"]) for row in training] == [("TNL", 1), ("TNL", 2)]
+    longest = read_rows(tmp_path / "ring_longest.jsonl")
+    assert [row["devices"] for row in longest] == [1, 2]
     assert all(
         row["ran"] and row["length"] == row["devices"] * row["per_device"] for row in longest
     )
-    assert (tmp_path / "ring.png").exists()
+    (faster,), (longer,) = (list(f(r)) for f, r in (
+        (lines.ring_training, training), (lines.ring_longest, longest)
+    ))  # fmt: skip
+    assert faster.ratio == training[1]["of_first"]
+    assert longer.ratio == 2 * longest[1]["of_first"]
+
+
+def test_what_failed_has_its_reason_and_without_time_rows_stay(monkeypatch, tmp_path):
+    broken = RuntimeError("out of shape")
+    monkeypatch.setattr(attention, "compile_all", lambda todo, *_: [broken for _ in todo])
+    out = ("--groups", "ideal", "--out", tmp_path)
+    assert run(monkeypatch, command, *SMALL, *out) == 1
+    rows = read_rows(tmp_path / "ring_ideal.jsonl")
+    assert len(rows) == 8
+    assert all(row["failed"] == "RuntimeError: out of shape" for row in rows)
+    assert run(monkeypatch, command, *SMALL, *out, "--seconds", 0) == 0
+    assert read_rows(tmp_path / "ring_ideal.jsonl") == rows
 
 
 @pytest.mark.slow

@@ -43,9 +43,10 @@ def test_ring_rows_are_compared_with_a_share_of_one_device():
 
 def test_training_over_devices_is_compared_with_one_device():
     row = {"model": "TNL", "devices": 2, "per_device": 8, "group": "training", "of_first": 0.9}
-    (speed,) = lines.ring([row | {"tokens_per_second_per_device": 90.0}])
+    (speed,) = lines.ring_training([row | {"tokens_per_second_per_device": 90.0}])
     assert (speed.theirs, speed.ours) == ("100 tokens/s", "90 tokens/s")
-    (longest,) = lines.ring([row | {"group": "longest", "length": 180}])
+    row |= {"per_device": 90, "length": 180, "memory_bytes": 8e10, "ran": True}
+    (longest,) = lines.ring_longest([row])
     assert (longest.theirs, longest.ours, longest.ratio) == ("100 tokens", "180 tokens", 1.8)
 
 

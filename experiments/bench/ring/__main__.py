@@ -1,21 +1,26 @@
 """Sequences over several devices: `python -m experiments.bench.ring`, on 1, 2, 4 or 8 of them.
 
-Groups:
-  attention  causal attention (bf16, B 1, D 128) by each strategy of `context_attention`, as a share
-             of the ideal, which is the best time of one device divided by the devices; the ring's
-             overlap from three runs (full, without its moves, without its blocks); errors against
-             float64
-  training   TNL and the softmax Transformer of 385M parameters: tokens per second and device of
-             whole training steps, at a fixed length per device
-  longest    the largest total length that the same models train on
+Groups, the most telling first:
+  ideal       causal attention by a zigzag ring (bf16, B 1, D 128) at total lengths, as a share of
+              the ideal, which is the best time of one device divided by the devices; its overlap
+              from three runs (full, without its moves, without its blocks)
+  strategies  the same at lengths per device by each strategy of `context_attention`, and which of
+              them "auto" picks, with a chart
+  training    TNL and the softmax Transformer of 385M parameters: tokens per second and device of
+              whole training steps, at lengths per device
+  longest     the largest total length that the same models train on. A softmax step that fills a
+              large device takes a quarter of an hour: XLA_PYTHON_CLIENT_MEM_FRACTION=0.15 makes
+              small devices of them (rows say how much memory there was)
 
-The devices are the first 1, 2, 4, 8 that are there, the lengths those of a device and totals.
-Writes a row per line (ring.jsonl), a chart beside it, and prints a table. `--xla NAME=VALUE`
-compiles with an XLA option, such as xla_gpu_use_memcpy_local_p2p=true. Without the devices:
-`python -m experiments.bench.ring.schedule`, `python -m experiments.bench.ring.scaling`.
+The devices are the first 1, 2, 4, 8 that are there. Errors against float64 come last in a group, at
+its shortest length. Each group writes its rows, each at once, to NAME_GROUP.jsonl. `--xla
+NAME=VALUE` compiles with an XLA option, such as xla_gpu_use_memcpy_local_p2p=true. Without the
+devices: `python -m experiments.bench.ring.schedule`, `python -m experiments.bench.ring.scaling`.
 """
 
 import argparse
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +28,12 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.bench.ring import attention, training
+from experiments.bench.ring.chart import draw_chart
 from experiments.bench.ring.programs import STRATEGIES, heads_pair
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
+MODELS = ("TNL", "Transformer")
 
 
 class Group(NamedTuple):
@@ -37,43 +44,74 @@ class Group(NamedTuple):
 
 
 GROUPS = {
-    "attention": Group(attention.measure, attention.shown),
+    "ideal": Group(attention.measure_ideal, attention.shown),
+    "strategies": Group(attention.measure_strategies, attention.shown),
     "training": Group(training.measure, training.shown),
     "longest": Group(training.measure_longest, training.shown_longest),
 }
 
 
-def main() -> None:
-    """Time, print, and write the rows and the chart."""
+def main() -> int:
+    """Time, print, and write the rows and the chart; 1 if something failed."""
+    options = parse()
+    stop = time.monotonic() + options.seconds
+    failed = False
+    for name in options.groups:
+        if time.monotonic() >= stop:
+            print(f"out of time: {name!r} is not measured")
+            continue
+        path = options.out / f"{options.name}_{name}.jsonl"
+        write_rows(path, printed(name, options, stop))
+        rows = read_rows(path)
+        failed |= any("failed" in row for row in rows)
+        if name == "strategies" and any("of_ideal" in row for row in rows):
+            draw_chart(rows, path.with_suffix(".png"))
+    return int(failed)
+
+
+def printed(name: str, options: argparse.Namespace, stop: float) -> Iterator[dict[str, Any]]:
+    """The rows of a group as they come, as long as there is time."""
+    group = GROUPS[name]
+    rows = group.measure(options)
+    while time.monotonic() < stop:
+        row = next(rows, None)
+        if row is None:
+            return
+        print(group.shown(row), flush=True)
+        yield row
+    print(f"out of time: the rest of {name!r} is not measured", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
     there = [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--devices", type=int, nargs="+", default=there)
-    parser.add_argument("--per-device", type=int, nargs="+", default=[4096, 8192, 32768])
-    parser.add_argument("--totals", type=int, nargs="*", default=[32768, 131072])
-    parser.add_argument("--heads", type=heads_pair, nargs="+", default=[(16, 16), (64, 8)])
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
-    parser.add_argument("--batches", type=int, default=5, help="of calls, whose median is taken")
-    parser.add_argument("--smoke", action="store_true", help="tiny models: does it run?")
-    parser.add_argument("--memory", type=float, help="bytes of a device, where it does not say")
-    parser.add_argument(
-        "--xla", type=lambda x: tuple(x.split("=", 1)), nargs="*", default=[], metavar="NAME=VALUE"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--name", default="ring", help="of the results' files")
-    options = parser.parse_args()
-    path = options.out / f"{options.name}.jsonl"
-    rows = []
-    for group in (GROUPS[name] for name in options.groups):
-        for row in group.measure(options):
-            rows.append(row)
-            print(group.shown(row), flush=True)
-            write_rows(path, rows)
-    if any("of_ideal" in row for row in rows):
-        attention.draw_chart(read_rows(path), path.with_suffix(".png"))
+    add("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    add("--seconds", type=float, default=float("inf"), help="begin no measurement after them")
+    add("--devices", type=int, nargs="+", default=there)
+    add("--totals", type=int, nargs="+", help=f"of ideal; {attention.TOTALS}")
+    add("--per-device", type=int, nargs="+", help=f"{attention.PER_DEVICE}, {training.PER_DEVICE}")
+    add("--heads", type=heads_pair, nargs="+", help="16:16, of strategies 64:8 too")
+    add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
+    add("--batches", type=int, default=5, help="of calls, whose median is taken")
+    add("--models", nargs="+", choices=MODELS, default=MODELS)
+    add("--tries", type=int, default=3, help="of longest: lengths to run, each a 64th shorter")
+    add("--memory", type=float, help="bytes of a device, where it does not say")
+    add("--smoke", action="store_true", help="tiny models: does it run?")
+    add("--xla", type=option, nargs="*", default=[], metavar="NAME=VALUE")
+    add("--out", type=Path, default=RESULTS, help="folder for the results")
+    add("--name", default="ring", help="that the results' files begin with")
+    return parser.parse_args()
+
+
+def option(text: str) -> tuple[str, str | bool]:
+    """ "name=value" as ("name", "value"); XLA wants true and false as booleans."""
+    name, _, value = text.partition("=")
+    return name, {"true": True, "false": False}.get(value, value)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

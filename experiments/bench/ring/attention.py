@@ -1,106 +1,139 @@
 """Times of attention over sharded sequences: against one device, in three parts, and its errors."""
 
 import argparse
-import concurrent.futures
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from matplotlib.figure import Figure
 
-from experiments.bench._timing import time_ms
-from experiments.bench.ring.programs import ONE_DEVICE, PASSES, WIDTH, Case
+from experiments.bench._timing import REFUSALS, time_ms
+from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
+from experiments.bench.ring.scaling import picked
+from longctx.device.programs import compile_all
 from pallas_kernels.flash_attention import flash_attention
 
-# Float64 attention of longer sequences takes too long.
-LONGEST_CHECKED = 32768
 RESULTS = ("o", "dq", "dk", "dv")
+TOTALS = (32768, 131072)
+PER_DEVICE = (4096, 8192, 32768)
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """What to run, in the order of the table: one device first, then the strategies beside it."""
-    many = [n for n in options.devices if n > 1]
-    devices_of: dict[int, set[int]] = {length: set(many) for length in options.totals}
-    for n in many:
-        for local in options.per_device:
-            devices_of.setdefault(n * local, set()).add(n)
-    for length, (heads, kv_heads) in (
-        (length, pair) for length in sorted(devices_of) for pair in options.heads
+def measure_ideal(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The ring at fixed total lengths, and its overlap."""
+    return measure("ideal", list(ideal_cases(options)), options)
+
+
+def measure_strategies(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every strategy at fixed lengths per device."""
+    return measure("strategies", list(strategy_cases(options)), options)
+
+
+def ideal_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """One device, then the ring over several, whole and in parts."""
+    for length, pair, which in itertools.product(
+        options.totals or TOTALS, options.heads or [(16, 16)], PASSES
     ):
-        for which in PASSES:
-            case = functools.partial(Case, length, heads, kv_heads, which)
-            if jax.default_backend() == "gpu":
-                yield case("cudnn")
-            yield case("ours")
-            for n in sorted(devices_of[length]):
-                for name in options.strategies:
-                    if name != "usp" or n >= 4:
-                        yield case(name, n)
-                if "ring" in options.strategies:
-                    yield case("ring", n, "compute")
-                    yield case("ring", n, "communication")
+        case = functools.partial(Case, length, *pair, which)
+        yield from map(case, singles())
+        for devices in (n for n in options.devices if n > 1):
+            for part in ("full", "compute", "communication"):
+                yield case("ring", devices, part)
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row per program: its time, its share of the ideal, its errors, and the ring's overlap.
+def strategy_cases(options: argparse.Namespace) -> Iterator[Case]:
+    """One device, then all strategies beside it."""
+    many = [n for n in options.devices if n > 1]
+    for local, devices, pair, which in itertools.product(
+        options.per_device or PER_DEVICE, many, options.heads or [(16, 16), (64, 8)], PASSES
+    ):
+        case = functools.partial(Case, local * devices, *pair, which)
+        yield from map(case, singles())
+        for name in options.strategies:
+            if name != "usp" or devices >= 4:
+                yield case(name, devices)
+
+
+def singles() -> Sequence[str]:
+    """What one device can run."""
+    return ONE_DEVICE if jax.default_backend() == "gpu" else ONE_DEVICE[1:]
+
+
+def measure(
+    group: str, todo: Sequence[Case], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """One row per program: its time and its share of the ideal; at the end, rows of errors.
 
     The ideal is the smaller of our own kernel's and cuDNN's time on one device, divided by the
     number of devices. A ring's last row has its overlap, from its full time and those with only
     its blocks and only its moves:
 
         overlap = (compute + communication - full) / min(compute, communication)
+
+    A program that does not compile or run has the reason in its row, as `failed`.
     """
-    todo = list(cases(options))
-    programs = compile_all(todo, dict(options.xla))
+    todo = list(dict.fromkeys(todo))
+    lowerings = (functools.partial(case.lower, jax.devices()) for case in todo)
+    compiled = compile_all(lowerings, REFUSALS, dict(options.xla) or None)
+    programs = dict(zip(todo, compiled, strict=True))
     times: dict[Case, float] = {}
-    exact = functools.lru_cache(maxsize=1)(float64)
     for case in todo:
-        program, one = programs[case], case._replace(devices=1, part="full")
-        mesh = case.mesh(jax.devices())
-        times[case] = time_ms(program, *draw(case, mesh), batches=options.batches)
-        row = {"group": "attention", **case._asdict(), "ms": times[case], "xla": dict(options.xla)}
-        if case.part == "full" and case.devices > 1:
-            single = (times.get(one._replace(name=name), np.inf) for name in ONE_DEVICE)
-            row["ideal_ms"] = min(single) / case.devices
-            row["of_ideal"] = row["ideal_ms"] / times[case]
-        if case.part == "full" and case.which == PASSES[1] and case.length <= LONGEST_CHECKED:
-            row["errors"] = errors(case, program, *exact(one._replace(name="ours")))
-        if case.part == "communication":
-            full, compute = (times[case._replace(part=p)] for p in ("full", "compute"))
-            hidden = compute + times[case] - full
-            row["overlap"] = hidden / min(compute, times[case])
-        yield row
+        row = {"group": group, **case._asdict(), "xla": dict(options.xla)}
+        try:
+            if isinstance(programs[case], REFUSALS):
+                raise programs[case]
+            args = draw(case.length, case.heads, case.kv_heads, case.devices)
+            times[case] = time_ms(programs[case], *args, batches=options.batches)
+        except REFUSALS as failure:
+            yield row | {"failed": f"{type(failure).__name__}: {failure}"[:300]}
+        else:
+            yield row | {"ms": times[case]} | compared(case, times)
+    shortest = min(case.length for case in todo)
+    checked = [c for c in todo if c.length == shortest and c.part == "full" and c in times]
+    exact = functools.lru_cache(maxsize=1)(float64)
+    for case in (c for c in checked if c.which == PASSES[1]):
+        found = errors(case, programs[case], *exact(case._replace(name="ours", devices=1)))
+        yield {"group": group, **case._asdict(), "xla": dict(options.xla), "errors": found}
 
 
-def compile_all(todo: Sequence[Case], xla: dict[str, str]) -> dict[Case, Any]:
-    """All programs, before any is timed: traced one by one, compiled by a pool of threads."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        compiling = {
-            case: pool.submit(case.lower(jax.devices()).compile, compiler_options=xla or None)
-            for case in todo
-        }
-    return {case: done.result() for case, done in compiling.items()}
+def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
+    """A program's share of the ideal, and what "auto" would do; or the overlap of a ring."""
+    if case.devices == 1 or case.part == "compute":
+        return {}
+    if case.part == "communication":
+        full, compute = (times.get(case._replace(part=part)) for part in ("full", "compute"))
+        if full is None or compute is None:
+            return {}
+        return {"overlap": (compute + times[case] - full) / min(compute, times[case])}
+    one = case._replace(devices=1)
+    single = min(times.get(one._replace(name=name), np.inf) for name in ONE_DEVICE)
+    if not np.isfinite(single):
+        return {}
+    ideal = single / case.devices
+    with jax.set_mesh(case.mesh(jax.devices())):
+        auto = picked(case)
+    return {"ideal_ms": ideal, "of_ideal": ideal / times[case], "auto": auto}
 
 
-def draw(case: Case, mesh: jax.sharding.Mesh) -> list[Array]:
-    """Random q, k, v, do on the devices of `mesh`."""
-    return [
-        jax.jit(
-            lambda key, like=like: jax.random.normal(key, like.shape, like.dtype),
-            out_shardings=like.sharding,
-        )(jax.random.key(seed))
-        for seed, like in enumerate(case.operands(mesh))
-    ]
+@functools.lru_cache(maxsize=2)  # one device's and several devices' of one shape
+def draw(length: int, heads: int, kv_heads: int, devices: int) -> list[Array]:
+    """Random q, k, v, do on the first `devices`."""
+    case = Case(length, heads, kv_heads, PASSES[0], "ours", devices)
+    like = case.operands(case.mesh(jax.devices()))
+
+    def normal(key: Array) -> list[Array]:
+        keys = jax.random.split(key, len(like))
+        return [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, like, strict=True)]
+
+    return jax.jit(normal, out_shardings=[x.sharding for x in like])(jax.random.key(0))
 
 
 def float64(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Operands of `case`, tokens in position order, and o, dq, dk, dv in float64."""
-    args = [np.asarray(x) for x in draw(case, case.mesh(jax.devices()))]
+    args = [np.asarray(x) for x in draw(case.length, case.heads, case.kv_heads, 1)]
 
     @jax.jit
     def both(q: Array, k: Array, v: Array, do: Array) -> Any:
@@ -127,40 +160,14 @@ def errors(
     }
 
 
-def size_of(row: dict[str, Any]) -> str:
-    """Devices and tokens of each."""
-    return f"{row['devices']} x {row['length'] // row['devices']}"
-
-
 def shown(row: dict[str, Any]) -> str:
     """A row as a line of the printed table."""
-    said = f"{row['of_ideal']:7.1%} of ideal" if "of_ideal" in row else ""
+    said = f"{row['ms']:9.3f} ms" if "ms" in row else ""
+    said += f" {row['of_ideal']:7.1%} of ideal" if "of_ideal" in row else ""
     said += f" overlap {row['overlap']:.1%}" if "overlap" in row else ""
     said += f" error {max(row['errors'].values()):.1e}" if "errors" in row else ""
+    said += f" FAILED {row['failed']}" if "failed" in row else ""
     where = (
         f"{row['devices']} x {row['length'] // row['devices']:6} {row['heads']}:{row['kv_heads']}"
     )
-    program = f"{row['which']:16} {row['name']:10} {row['part']:13}"
-    return f"{where:17} {program} {row['ms']:9.3f} ms {said}"
-
-
-def draw_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Share of the ideal by strategy, one panel per pass."""
-    rows = [row for row in rows if "of_ideal" in row]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, which in zip(figure.subplots(1, 2, sharey=True), PASSES, strict=True):
-        for name in dict.fromkeys(row["name"] for row in rows):
-            line = [row for row in rows if row["which"] == which and row["name"] == name]
-            axes.plot(
-                [f"{size_of(r)}\n{r['heads']}:{r['kv_heads']}" for r in line],
-                [row["of_ideal"] for row in line],
-                "o",
-                label=name,
-            )
-        axes.set(title=which.replace("_", " + "), ylabel="share of ideal", ylim=(0, 1.1))
-        axes.axhline(0.95, color="grey", linewidth=0.5)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    width = f"D = {WIDTH}, devices x tokens of each"
-    figure.suptitle(f"causal attention on {rows[0]['device']}, {width}, heads")
-    figure.savefig(path, dpi=150)
+    return f"{where:17} {row['which']:16} {row['name']:10} {row['part']:13} {said}"

@@ -3,8 +3,8 @@
 Nothing here is measured. Every row is what `longctx.parallel.explain` predicts of a forward and a
 backward pass (bf16, causal, D 128, batch 1), and the share of the ideal, which is one device's
 predicted time for the whole sequence divided by the devices. The assumptions are listed in
-docs/guides/scaling.md. Where results/ring.jsonl has measured times, each stands beside its
-prediction.
+docs/guides/scaling.md. Where results/ring_ideal.jsonl and ring_strategies.jsonl have measured
+times, each stands beside its prediction.
 
 Writes results/ring_scaling.jsonl and draws a chart from it.
 """
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
 from longctx.parallel.cost import Cost
-from longctx.parallel.hardware import HARDWARE, Hardware
+from longctx.parallel.hardware import HARDWARE, Hardware, hardware_in_use
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -45,6 +45,12 @@ def predicted(case: Case, chip: Hardware) -> Cost | None:
         devices=case.devices, layout=layout_of(case, chip), hardware=chip,
     ).costs  # fmt: skip
     return next((cost for cost in costs if cost.strategy == case.name), None)
+
+
+def picked(case: Case) -> str:
+    """The strategy that "auto" takes, each in the layout that suits it, on the devices in use."""
+    costs = (predicted(case._replace(name=name), hardware_in_use()) for name in STRATEGIES)
+    return min((cost for cost in costs if cost is not None), key=lambda cost: cost.seconds).strategy
 
 
 def ideal(case: Case, chip: Hardware) -> float:
@@ -81,7 +87,7 @@ def beside_measured(path: Path) -> Iterator[dict[str, Any]]:
     """Measured times of the benchmark, each with its prediction."""
     for row in read_rows(path):
         chip = next((HARDWARE[name] for name in HARDWARE if name in row["device"]), None)
-        if chip is None or row["group"] != "attention" or row["part"] != "full":
+        if chip is None or "ms" not in row or row["part"] != "full":
             continue
         case = Case(*(row[field] for field in Case._fields))
         cost = predicted(case if case.devices > 1 else case._replace(name="ring"), chip)
@@ -129,10 +135,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
-    rows = list(extrapolated())
-    measured, path = RESULTS / "ring.jsonl", options.out / "ring_scaling.jsonl"
-    if measured.exists():
-        rows += beside_measured(measured)
+    rows, path = list(extrapolated()), options.out / "ring_scaling.jsonl"
+    for measured in (RESULTS / f"ring_{group}.jsonl" for group in ("ideal", "strategies")):
+        if measured.exists():
+            rows += beside_measured(measured)
     write_rows(path, rows)
     draw(read_rows(path), path.with_suffix(".png"))
     for row in rows:

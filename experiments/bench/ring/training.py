@@ -6,7 +6,8 @@ Both models have 385M parameters, as in TransNormerLLM's ablations. TNL's layers
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ import jax
 from experiments.transnormer.base import PAPER, SMOKE
 from experiments.transnormer.training_speed import time_steps
 from longctx.data.config import DataConfig
+from longctx.device.programs import compile_all
 from longctx.errors import UserError
 from longctx.models import ModelConfig, ParallelConfig, transformer
 from longctx.parallel.mesh import MeshConfig, make_mesh
-from longctx.plan import bytes_per_device, compile_step
+from longctx.plan import bytes_per_device, lower_step
 from longctx.train.config import RunConfig
 
 # What the runtime and fragmentation take of a device's memory, roughly.
@@ -25,6 +27,7 @@ USABLE = 0.95
 # Lengths on each device are multiples of it, and so many tokens pass an MLP at once.
 GRAIN = 1024
 SMOKE_GRAIN = 64
+PER_DEVICE = (8192, 32768)
 
 
 def models(smoke: bool) -> dict[str, RunConfig]:
@@ -50,20 +53,27 @@ def over(run: RunConfig, devices: int, local: int) -> RunConfig:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens per second of a device, and beside it that of one device at the same length each."""
+    lengths = options.per_device or PER_DEVICE
+    found = {name: models(options.smoke)[name] for name in options.models}
+    configs = {
+        (name, devices): [over(run, devices, local) for local in lengths]
+        for name, run in found.items()
+        for devices in options.devices
+    }
+    compiled = iter(compile_all(map(_lowering, itertools.chain(*configs.values()))))
     alone: dict[tuple[str, int], float] = {}
-    for devices in options.devices:
+    for (name, devices), several in configs.items():
+        steps = [next(compiled) for _ in several]
         mesh = make_mesh(seq=devices)
-        for name, run in models(options.smoke).items():
-            configs = [over(run, devices, local) for local in options.per_device]
-            with jax.set_mesh(mesh):
-                rows = time_steps(name, configs, mesh)
-            for local, row in zip(options.per_device, rows, strict=True):
-                row = {"group": "training", **row, "devices": devices, "per_device": local}
-                if "failed" not in row:
-                    speed = row["tokens_per_second"] / devices
-                    first = alone.setdefault((name, local), speed)
-                    row |= {"tokens_per_second_per_device": speed, "of_first": speed / first}
-                yield row
+        with jax.set_mesh(mesh):
+            rows = time_steps(name, several, steps, mesh)
+        for local, row in zip(lengths, rows, strict=True):
+            row = {"group": "training", **row, "devices": devices, "per_device": local}
+            if "failed" not in row:
+                speed = row["tokens_per_second"] / devices
+                first = alone.setdefault((name, local), speed)
+                row |= {"tokens_per_second_per_device": speed, "of_first": speed / first}
+            yield row
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -76,34 +86,58 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The largest total length on which a step runs: what the compiler says fits, then tried."""
+    """The largest total length on which a step runs: what the compiler says fits, then tried.
+
+    `ran` is false where no more than `tries` lengths were to be tried, and none of them ran.
+    """
     limit = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
+    runs = models(options.smoke)
+    wanted = [(name, devices) for name in options.models for devices in options.devices]
+    probes = compile_all(
+        _lowering(over(runs[name], devices, local))
+        for name, devices in wanted
+        for local in probed(runs[name])
+    )
+    found = [
+        longest(runs[name], devices, probes[2 * i : 2 * i + 2], limit)
+        for i, (name, devices) in enumerate(wanted)
+    ]
+    steps = compile_all(
+        _lowering(over(runs[name], devices, row["per_device"]))
+        for (name, devices), row in zip(wanted, found, strict=True)
+    )
     alone: dict[str, float] = {}
-    for devices in options.devices:
-        for name, run in models(options.smoke).items():
-            row = longest(run, devices, jax.devices(), limit)
-            local, grain = row["per_device"], run.model.mlp.chunk
-            while not _runs(name, over(run, devices, local)):
-                local -= max(grain, local // 64 // grain * grain)
-            length = local * devices
-            first = alone.setdefault(name, length / devices)
-            row |= {"model": name, "per_device": local, "length": length, "ran": True}
-            yield row | {"of_first": length / devices / first}
+    for (name, devices), row, step in zip(wanted, found, steps, strict=True):
+        run, local, grain = runs[name], row["per_device"], runs[name].model.mlp.chunk
+        ran = _runs(name, over(run, devices, local), step)
+        for _ in range(1, options.tries):
+            if ran:
+                break
+            local -= max(grain, local // 64 // grain * grain)
+            config = over(run, devices, local)
+            ran = _runs(name, config, *compile_all([_lowering(config)]))
+        first = alone.setdefault(name, local)
+        length = {"per_device": local, "length": local * devices}
+        yield row | {"model": name, **length, "ran": ran, "of_first": local / first}
+
+
+def probed(run: RunConfig) -> tuple[int, int]:
+    """Tokens per device of the programs from which memory at other lengths is told."""
+    return 16 * run.model.mlp.chunk, 32 * run.model.mlp.chunk
 
 
 def longest(
-    run: RunConfig, devices: int, kind: Any, limit: float, probes: tuple[int, int] = (16, 32)
+    run: RunConfig, devices: int, probes: Sequence[jax.stages.Compiled], limit: float
 ) -> dict[str, Any]:
     """The most tokens per device for which a step's memory, by the compiler, stays in `limit`.
 
-    Memory is taken to be linear in the length, from programs of two lengths, `probes` grains.
+    Memory is taken to be linear in the length, from the steps at the two `probed` lengths.
 
     Raises:
       UserError: not even the shortest length fits.
     """
-    mesh, grain = make_mesh(seq=devices, devices=kind), run.model.mlp.chunk
-    lengths = [grain * probe for probe in probes]
-    needed = [bytes_per_device(compile_step(over(run, devices, n), mesh))["all"] for n in lengths]
+    grain, lengths = run.model.mlp.chunk, probed(run)
+    needed = [bytes_per_device(step)["all"] for step in probes]
     per_token = (needed[1] - needed[0]) / (lengths[1] - lengths[0])
     local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // grain * grain
     if local < grain:
@@ -120,11 +154,16 @@ def longest(
     }
 
 
-def _runs(name: str, config: RunConfig) -> bool:
+def _lowering(config: RunConfig) -> Callable[[], jax.stages.Lowered]:
+    """Traces a step for the devices that are there."""
+    return lambda: lower_step(config, make_mesh(config.mesh))
+
+
+def _runs(name: str, config: RunConfig, step: jax.stages.Compiled) -> bool:
     """Whether training steps fit into the devices that are there."""
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        (row,) = time_steps(name, [config], mesh)
+        (row,) = time_steps(name, [config], [step], mesh, repeats=1)
     failure = row.get("failed")
     if failure is not None and "RESOURCE_EXHAUSTED" not in failure:
         raise RuntimeError(failure)
@@ -135,5 +174,5 @@ def shown_longest(row: dict[str, Any]) -> str:
     """A row as a line of the printed table."""
     return (
         f"{row['devices']} devices        longest  {row['model']:12} {row['length']:12,} tokens in "
-        f"all, {row['of_first']:.1%} of the first per device"
+        f"all, {row['of_first']:.1%} of the first per device" + ("" if row["ran"] else ", NOT RUN")
     )
