@@ -19,17 +19,24 @@ from longctx.eval.recall import evaluate_tasks
 from longctx.reproduce import SCALES, Ablation, Part, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
 
-TASKS = ("mqar", "induction")
+TASKS = ("mqar-often", "induction")
 EPISODES = {"smoke": 4, "small": 1024, "paper": 4096}  # behind each accuracy
 
 
 def recall(task: str, scale: str) -> RunConfig:
-    """The dense run on a task; the window, a sixteenth of the length, is far too short."""
+    """The dense run on a task; the window, a sixteenth of the length, is far too short.
+
+    RoPE's wavelengths end near the length: recall begins with looking one token back, and tiny
+    models learn that late with the usual base of 10000.
+    """
     length = {"smoke": 64, "small": 512, "paper": 2048}[scale]
-    steps = {"smoke": 2, "small": 4000, "paper": 20_000}[scale]
+    steps = {"smoke": 2, "small": 2000, "paper": 20_000}[scale]
     model = llama(32, 2, 2, length // 16, dtype="float32")
     if scale != "smoke":
         model = llama(128, 2, 4, length // 16)
+    model = dataclasses.replace(
+        model, softmax=dataclasses.replace(model.softmax, rope_base=length / 6)
+    )
     return RunConfig(
         model=model,
         data=DataConfig(
@@ -116,8 +123,8 @@ EXPERIMENT = Recall(
             base="window",
             arms=ARMS,
             scales={scale: recall(task, scale) for scale in SCALES},
-            seeds={"smoke": 1, "small": 2, "paper": 3},
-            arm_seeds={"small": 2, "paper": 3},
+            seeds={"smoke": 1, "small": 1, "paper": 3},
+            arm_seeds={"paper": 3},
         )
         for task in TASKS
     }

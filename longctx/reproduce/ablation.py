@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.data.config import DataConfig
+from longctx.data.episodes import PREFIX
 from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus
 from longctx.figures import tidy
@@ -228,6 +229,8 @@ def _with_seeds(config: RunConfig, count: int) -> list[RunConfig]:
 
 def _data(config: RunConfig) -> dict[str, Any]:
     """What a run reads, so that rows with another corpus are told apart."""
+    if config.data.source.startswith(PREFIX):  # as many episodes as it takes
+        return {"corpus": config.data.source}
     digest, size = _corpus(config.data, config.model.vocab_size)
     tokens = config.tokens_per_step * config.train.steps
     return {"corpus": config.data.source, "corpus_sha256": digest, "epochs": tokens / size}
@@ -237,7 +240,7 @@ def _data(config: RunConfig) -> dict[str, Any]:
 def _corpus(data: DataConfig, vocab_size: int) -> tuple[str, int]:
     """Checksum and number of the training tokens."""
     corpus = load_corpus(data, "train", vocab_size=vocab_size)
-    assert isinstance(corpus, Corpus), "ablations are trained on text"
+    assert isinstance(corpus, Corpus), "episodes have no checksum"
     return hashlib.sha256(corpus.tokens.tobytes()).hexdigest()[:16], len(corpus.tokens)
 
 

@@ -23,6 +23,7 @@ TASKS: dict[str, Task] = {
     "common-words": CommonWords(),
     "mqar": MultiQueryRecall(),
     "mqar-64": MultiQueryRecall(pairs=64),  # about what a state of 64 x 64 can hold
+    "mqar-often": MultiQueryRecall(queries=24),  # more to learn from in each episode
     "copying": Copying(),
     "induction": Induction(),
 }

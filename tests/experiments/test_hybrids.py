@@ -22,7 +22,7 @@ def test_arms_differ_by_their_mixers_alone():
     assert kinds["1 lightning : 1"].count("softmax") == 4
     assert kinds["softmax"] == ("softmax",) * 8
     for run in runs.values():
-        assert run.data.source == "task:mqar+mqar-64+needle"
+        assert run.data.source == "task:mqar-often+mqar+mqar-64+needle"
         assert (run.data, run.optim) == (runs["softmax"].data, runs["softmax"].optim)
 
 
