@@ -4,6 +4,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -84,10 +85,12 @@ def _workers(jobs: int) -> Iterator[Each]:
     # Otherwise the first process would take most of the device's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # no process stays behind
     try:
         yield functools.partial(_at_once, pool)
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, former)
 
 
 def _in_turn(step: Step, tasks: Sequence[Task]) -> Iterator[tuple[Study, list[str]]]:
