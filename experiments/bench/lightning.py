@@ -2,8 +2,8 @@ r"""Lightning attention against its peers and against the byte floor of the devi
 
     python -m experiments.bench.lightning [--groups shapes lengths heads ...] [--out results/...]
 
-Groups: `shapes`, the four that targets are set for, and `heads`: together the same number of
-tokens per call with 256 to 16 heads in all; `lengths`, one row of 16 heads from 16K to 1M tokens;
+Groups: `shapes`, the four that targets are set for; `heads`, the same number of tokens per call
+with 256 to 16 heads in all; `lengths`, one row of 16 heads from 16K to 1M tokens;
 `full`, a chip full of heads (128 in all) from 4K to 128K; `worst`, few heads and no decay. Decays
 are ALiBi's slopes.
 
@@ -62,7 +62,7 @@ def groups_for(platform: str) -> dict[str, list[Shape]]:
         return {"lengths": [small(1024 * n) for n in (1, 4, 16, 64)]}
     return {
         "shapes": [Shape(16, 2048), Shape(4, 8192), Shape(1, 32768), Shape(1, 131072)],
-        "heads": [Shape(2, 16384)],
+        "heads": [Shape(32768 // n, n) for n in (2048, 4096, 8192, 16384, 32768)],
         "worst": [Shape(1, 32768, decays=False)],
         "lengths": [Shape(1, 16384 * n) for n in (1, 4, 16, 64)],
         "full": [Shape(8, 4096 * n) for n in (1, 4, 16, 32)],

@@ -9,9 +9,10 @@ beyond a few thousand tokens. Whole training steps of 131072 random tokens, what
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ STEPS = 4
 class TrainingSpeed:
     """Tokens per second of whole training steps, by model and length."""
 
-    def measure(self, scale: str, runs: Path) -> Sequence[Row]:
+    def measure(self, scale: str, runs: Path) -> Iterator[Row]:
         """Time warm steps; every program is compiled before the first is timed."""
         del runs  # nothing is trained to an end
         base, lengths, tokens = PAPER, LENGTHS, TOKENS
@@ -58,19 +59,16 @@ class TrainingSpeed:
             base, lengths, tokens = SMOKE, (64, 128), 256
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, remat="block"))
         models = {"TNL": base.model, "Transformer": transformer(base.model)}
-        rows: list[Row] = []
+        data = [DataConfig(sequence_length=n, batch_size=tokens // n) for n in lengths]
+        configs = {
+            name: [dataclasses.replace(base, model=model, data=shape) for shape in data]
+            for name, model in models.items()
+        }
         mesh = make_mesh()
-        with jax.set_mesh(mesh):
-            for name, model in models.items():
-                configs = [
-                    dataclasses.replace(base, model=model, data=DataConfig(
-                        sequence_length=length, batch_size=tokens // length
-                    ))
-                    for length in lengths
-                ]  # fmt: skip
-                steps = compile_all(functools.partial(lower_step, c, mesh) for c in configs)
-                rows += time_steps(name, configs, steps, mesh)
-        return rows
+        every = itertools.chain(*configs.values())
+        steps = iter(compile_all(functools.partial(lower_step, config, mesh) for config in every))
+        for name, several in configs.items():
+            yield from time_steps(name, several, list(itertools.islice(steps, len(several))), mesh)
 
     def table(self, rows: Sequence[Row]) -> str:
         """A row per length, a column per model."""
@@ -132,17 +130,26 @@ def time_steps(
     compiled: Sequence[jax.stages.Compiled],
     mesh: jax.sharding.Mesh,
     repeats: int = STEPS,
-) -> Sequence[Row]:
+) -> Iterator[Row]:
     """Time one model's compiled steps at all lengths; they share one training state."""
     rng = np.random.default_rng(0)
-    state = create_state(configs[0], mesh)
+
+    def new_state() -> Any:
+        with jax.set_mesh(mesh):
+            return create_state(configs[0], mesh)
+
+    state = new_state()
     parameters = count_parameters(configs[0].model)
-    rows: list[dict[str, Any]] = []
     for config, step in zip(configs, compiled, strict=True):
         batch = _random_batch(config, rng, mesh)
         length, tokens = config.data.sequence_length, config.tokens_per_step
-        row = {"model": name, "parameters": parameters, "length": length, "tokens": tokens}
-        rows.append(row | {"paper": PAPER_SPEED[name].get(length)})
+        row: dict[str, Any] = {
+            "model": name,
+            "parameters": parameters,
+            "length": length,
+            "tokens": tokens,
+            "paper": PAPER_SPEED[name].get(length),
+        }
         seconds = []
         try:
             for _ in range(1 + repeats):
@@ -151,20 +158,19 @@ def time_steps(
                 jax.block_until_ready((state, metrics))
                 seconds.append(time.perf_counter() - began)
         except jax.errors.JaxRuntimeError as failure:  # out of memory: keep what was measured
-            rows[-1]["failed"] = str(failure)[:200]
-            state = create_state(configs[0], mesh)
+            yield row | {"failed": str(failure)[:200]}
+            state = new_state()
             continue
         warm = statistics.median(seconds[1:])
         peak = device_peak(jax.devices()[0])
         flops = step_flops(config.model, length, tokens)
         memory = step.memory_analysis()
-        rows[-1] |= {
+        yield row | {
             "seconds": warm,
             "tokens_per_second": tokens / warm,
             "mfu": flops / warm / peak if peak else None,
             "temporary_bytes": memory.temp_size_in_bytes if memory else None,
         }
-    return rows
 
 
 def _random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.sharding.Mesh) -> Any:

@@ -1,5 +1,7 @@
 """Kernel: what each segment of the sequence adds to the state. gpu_common.py has the picture."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from pallas_kernels.lightning_attention.gpu_common import CHUNK, Documents, Spli
 
 NEGLIGIBLE = 48.0  # bits
 STAGES = 3
+PARTS = 2  # blocks that share a segment
 
 
 class Direction(NamedTuple):
@@ -36,29 +39,31 @@ def partial_states(
     Only `count` segments: the last ones in each direction are left out. Chunks are taken from a
     segment's far end backwards: nothing is ever rescaled, and the chunks read last are the first
     that `sweep` will ask for. Chunks whose weights are all below 2^-48 vanish in float32 beside
-    the newest and are not read.
+    the newest and are not read. What is left is little of most heads and much of those that decay
+    slowest, so blocks share a segment, and the last heads, ALiBi's slowest, start first.
     """
     (B, _, H, D), E = directions[0].b.shape, directions[0].c.shape[3]
     dtype = directions[0].c.dtype
     workers = 2 if E % (2 * CHUNK) == 0 else 1
 
     def body(inputs, rate_ref, reach_ref, doc_ref, outs):
-        batch, head, index, chosen, group = (lax.axis_index(name) for name in common.GRID)
+        batch, head, piece, chosen, group = (lax.axis_index(name) for name in common.GRID)
+        head, index, part = H - 1 - head, lax.div(piece, PARTS), lax.rem(piece, PARTS)
         worker = lax.axis_index("worker")
         documents = Documents(None if doc_ref is None else doc_ref.at[batch], split.length)
 
         def run(b_smem, c_smem, scaled_smem, loaded, consumed):
             def walk(reverse):
-                """The chunks of the segment, and where the n-th that we read begins."""
+                """The chunks of the segment, how many are ours, and where the n-th begins."""
                 segment = index + (split.segments - count if reverse else 0)
                 first, chunks = split.chunk_range(segment)
-                steps = jnp.minimum(chunks, reach_ref[head])
-                return (
-                    first,
-                    chunks,
-                    steps,
-                    lambda n: CHUNK * (first + (n if reverse else chunks - 1 - n)),
-                )
+                read = jnp.minimum(chunks, reach_ref[head])
+                skip, stop = (lax.div(read * p, PARTS) for p in (part, part + 1))
+
+                def position(n):
+                    return CHUNK * (first + (skip + n if reverse else chunks - 1 - skip - n))
+
+                return first, chunks, stop - skip, position
 
             def load(p):
                 b, c = inputs[p]
@@ -97,13 +102,13 @@ def partial_states(
                         for m, accumulator in enumerate(accumulators):
                             common.add_outer(b_smem.at[slot], scaled, True, m, accumulator)
 
-                    release(steps - 1)
+                    pl.when(steps > 0)(lambda: release(steps - 1))
                     return tuple(accumulator[...] for accumulator in accumulators)
 
                 tiles = pl.run_scoped(accumulate, *[common.ACCUMULATOR] * (D // CHUNK))
                 for m, tile in enumerate(tiles):
                     place = common.state_tile(group * workers + worker, m, by_columns=True)
-                    outs[p][index, batch, head, *place] = tile
+                    outs[p][index, part, batch, head, *place] = tile
 
             for p in range(len(directions)):
                 mine = chosen == p
@@ -120,17 +125,17 @@ def partial_states(
             collective_axes="worker",
         )
 
-    shape = jax.ShapeDtypeStruct((count, B, H, D, E), jnp.float32)
+    shape = jax.ShapeDtypeStruct((count, PARTS, B, H, D, E), jnp.float32)
     (states,) = plgpu.kernel(
         body,
         out_type=([shape] * len(directions),),
-        grid=(B, H, count, len(directions), E // CHUNK // workers),
+        grid=(B, H, count * PARTS, len(directions), E // CHUNK // workers),
         grid_names=common.GRID,
         num_threads=workers + 1,
         thread_name="worker",
         compiler_params=common.COMPILER,
     )([(d.b, d.c) for d in directions], rate, _reach(rate), doc_start)
-    return states
+    return [functools.reduce(operator.add, jnp.unstack(state, axis=1)) for state in states]
 
 
 def _reach(rate: Float[Array, "H"]) -> Int[Array, "H"]:

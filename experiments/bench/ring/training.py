@@ -65,8 +65,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for (name, devices), several in configs.items():
         steps = [next(compiled) for _ in several]
         mesh = make_mesh(seq=devices)
-        with jax.set_mesh(mesh):
-            rows = time_steps(name, several, steps, mesh)
+        rows = time_steps(name, several, steps, mesh)
         for local, row in zip(lengths, rows, strict=True):
             row = {"group": "training", **row, "devices": devices, "per_device": local}
             if "failed" not in row:
@@ -161,9 +160,7 @@ def _lowering(config: RunConfig) -> Callable[[], jax.stages.Lowered]:
 
 def _runs(name: str, config: RunConfig, step: jax.stages.Compiled) -> bool:
     """Whether training steps fit into the devices that are there."""
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        (row,) = time_steps(name, [config], [step], mesh, repeats=1)
+    (row,) = time_steps(name, [config], [step], make_mesh(config.mesh), repeats=1)
     failure = row.get("failed")
     if failure is not None and "RESOURCE_EXHAUSTED" not in failure:
         raise RuntimeError(failure)
