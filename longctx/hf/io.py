@@ -16,7 +16,7 @@ from longctx.errors import UserError
 from longctx.hf.architectures import from_hf, sources, to_hf
 from longctx.hf.recipe import Source
 from longctx.models import ModelConfig, build
-from longctx.parallel.mesh import make_mesh, state_sharding
+from longctx.parallel.mesh import fitting_sharding, make_mesh
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -117,7 +117,7 @@ def load_hf(
     specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
     filled = []
     for name, variable in flat.items():
-        sharding = state_sharding(specs[name].get_value(), variable.shape, mesh)
+        sharding = fitting_sharding(specs[name].get_value(), variable.shape, mesh)
         array = _assemble(tensors, recipes[name], variable.shape, variable.dtype, sharding)
         filled.append((name, variable.replace(array)))
     return config, nnx.from_flat_state(filled)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.nn.sharding import Axes, AxisName, gather, parameter, place
+from longctx.nn.sharding import Axes, AxisName, parameter, place
 
 INIT_STD = 0.02  # normal(0, 0.02) for every weight: the TransNormerLLM authors' code
 
@@ -35,14 +35,12 @@ class Linear(nnx.Module):
         shape = (in_features, *([features] if isinstance(features, int) else features))
         init = jax.nn.initializers.normal(std)
         self.kernel = parameter(init, shape, param_dtype, spec, rngs)
-        weights = {None: None, axes.fsdp: axes.state}
-        self.kept = P(*(weights.get(name, name) for name in spec))
-        self.used = P(*(None if name == axes.fsdp else name for name in spec))
+        self.gathered = P(*(None if name == axes.fsdp else name for name in spec))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*rows M"]) -> Float[Array, "..."]:
         """Project the last axis."""
-        kernel = gather(self.kernel[...].astype(self.dtype), self.kept, self.used)
+        kernel = place(self.kernel[...].astype(self.dtype), self.gathered)
         return jnp.tensordot(x.astype(self.dtype), kernel, axes=1)
 
 
@@ -68,7 +66,6 @@ class Embedding(nnx.Module):
         self.table = parameter(init, (rows, width), param_dtype, (axes.tensor, axes.fsdp), rngs)
         shared = tuple(name for name in axes.batch if name != axes.fsdp)
         self.columns = P(shared, axes.seq, axes.fsdp)
-        self.used = P(axes.tensor, axes.fsdp)
         self.dtype = dtype
 
     def __call__(self, index: Int[Array, "*rows"]) -> Float[Array, "*rows M"]:
@@ -76,6 +73,5 @@ class Embedding(nnx.Module):
         # Rows are rounded after the look-up, so that a frequent token's gradient, the sum over
         # all its occurrences, is taken in the parameters' dtype.
         everyone = place(index, P(*self.columns[:-1]))
-        table = place(self.table[...], self.used)
-        rows = jnp.take(table, everyone, axis=0, mode="clip")
+        rows = jnp.take(self.table[...], everyone, axis=0, mode="clip")
         return place(rows, self.columns).astype(self.dtype)

@@ -1,7 +1,6 @@
 """Mesh axis names of the modules, parameters that carry them, and placement on the mesh in use."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +18,9 @@ type AxisName = str | None
 class Axes:
     """Names of the mesh axes that a module's arrays are split over; None: not split.
 
-    Parameters are split over `fsdp` (kept split over `seq`, too) and `tensor`, activations over
-    `batch` and `seq`, heads and MLP features over `tensor`. Axes that the mesh in use lacks count
-    as size 1, but for `seq`: a mesh that lacks it wants `seq=None`.
+    Parameters are split over `fsdp` and `tensor`, activations over `batch` and `seq`, heads and
+    MLP features over `tensor`. Axes that the mesh in use lacks count as size 1, but for `seq`:
+    a mesh that lacks it wants `seq=None`.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -33,11 +32,6 @@ class Axes:
     def operator(self) -> dict[str, Any]:
         """The names, as the operators of `longctx.parallel` call them."""
         return {"axis": self.seq, "batch_axes": self.batch, "head_axis": self.tensor}
-
-    @property
-    def state(self) -> tuple[str, ...] | None:
-        """What splits parameters and the optimizer's state: the devices of a sequence, too."""
-        return tuple(name for name in (self.fsdp, self.seq) if name) if self.fsdp else None
 
     @property
     def hidden(self) -> P:
@@ -81,6 +75,9 @@ def place(x: Array, spec: P) -> Array:
     """`x` split by `spec` over the Auto axes of the mesh in use; `x` itself without a mesh.
 
     Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
+
+    Weights are placed without their `fsdp` axis right before use: it is the weights that XLA
+    then gathers, in the compute dtype, and never the activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.auto_axes) - set(mesh.manual_axes)
@@ -96,24 +93,3 @@ def place(x: Array, spec: P) -> Array:
 
     kept = [keep(size, entry) for size, entry in zip(x.shape, spec, strict=False)]
     return jax.lax.with_sharding_constraint(x, P(*kept))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(weight: Array, kept: P, used: P) -> Array:
-    """`weight` split by `used`, right before use, its gradient by `kept`.
-
-    So XLA gathers weights, in the compute dtype, and never activations; and gradients are
-    scattered as they are summed. (The gradient of `place` alone would be whole on every device.)
-    """
-    return place(weight, used)
-
-
-def _gather_forward(weight: Array, kept: P, used: P) -> tuple[Array, None]:
-    return place(weight, used), None
-
-
-def _gather_backward(kept: P, used: P, _: None, gradient: Array) -> tuple[Array]:
-    return (place(gradient, kept),)
-
-
-gather.defvjp(_gather_forward, _gather_backward)

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")
-STATE = ("fsdp", "seq")  # these split parameters and the optimizer's state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class MeshConfig:
 
     data: int = 1  # devices that split the batch
     fsdp: int = 1  # devices that split the batch, the parameters and the optimizer's state
-    seq: int = 1  # devices that split every sequence, and further what fsdp splits
+    seq: int = 1  # devices that split every sequence
     tensor: int = 1  # devices that split heads and MLP columns
 
     def __post_init__(self) -> None:
@@ -111,21 +110,13 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return held[jax.process_index()][0] // size, len(parts)
 
 
-def state_sharding(spec: P | None, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """How a parameter of `spec` and its moments are kept on `mesh`.
-
-    What is split over `fsdp` is split over `seq` too: no two devices of a sequence keep the same.
-    Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
-    """
-
-    def keep(size: int, name: str | None) -> tuple[str, ...] | None:
-        names = STATE if name == "fsdp" else (name,)
-        names = tuple(n for n in names if n in mesh.shape)
-        while size % math.prod(mesh.shape[n] for n in names):
-            names = names[:-1]
-        return names or None
-
-    return NamedSharding(mesh, P(*map(keep, shape, tuple(spec or ()))))
+def fitting_sharding(spec: P | None, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """`spec` on `mesh`, with array axes that a mesh axis does not divide kept whole."""
+    names = [
+        name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+        for size, name in zip(shape, tuple(spec or ()), strict=False)
+    ]
+    return NamedSharding(mesh, P(*names))
 
 
 def _restrict(spec: P, axes: Container[str]) -> P:

@@ -16,7 +16,7 @@ from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
 from longctx.nn.draw import redraw
 from longctx.parallel.layout import Kind, Layout, as_layout
-from longctx.parallel.mesh import BATCH, batch_share, state_sharding
+from longctx.parallel.mesh import BATCH, batch_share, fitting_sharding
 from longctx.train.compiler import compiler_options
 from longctx.train.config import RunConfig
 from longctx.train.optim import make_optimizer, schedule
@@ -61,7 +61,7 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     specs = nnx.get_partition_spec(shapes)
 
     def place(shape: jax.ShapeDtypeStruct, spec: P | None) -> jax.ShapeDtypeStruct:
-        sharding = state_sharding(spec, shape.shape, mesh)
+        sharding = fitting_sharding(spec, shape.shape, mesh)
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     leaves, structure = jax.tree.flatten(shapes)
