@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.nn.sharding import Axes, AxisName, parameter, place
+from longctx.nn.sharding import Axes, AxisName, gather, parameter, place
 
 INIT_STD = 0.02  # normal(0, 0.02) for every weight: the TransNormerLLM authors' code
 
@@ -35,12 +35,13 @@ class Linear(nnx.Module):
         shape = (in_features, *([features] if isinstance(features, int) else features))
         init = jax.nn.initializers.normal(std)
         self.kernel = parameter(init, shape, param_dtype, spec, rngs)
-        self.gathered = P(*(None if name == axes.fsdp else name for name in spec))
+        self.kept = P(*spec)
+        self.used = P(*(None if name == axes.fsdp else name for name in spec))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*rows M"]) -> Float[Array, "..."]:
         """Project the last axis."""
-        kernel = place(self.kernel[...].astype(self.dtype), self.gathered)
+        kernel = gather(self.kernel[...].astype(self.dtype), self.kept, self.used)
         return jnp.tensordot(x.astype(self.dtype), kernel, axes=1)
 
 

@@ -1,6 +1,7 @@
 """Mesh axis names of the modules, parameters that carry them, and placement on the mesh in use."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,9 +76,6 @@ def place(x: Array, spec: P) -> Array:
     """`x` split by `spec` over the Auto axes of the mesh in use; `x` itself without a mesh.
 
     Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
-
-    Weights are placed without their `fsdp` axis right before use: it is the weights that XLA
-    then gathers, in the compute dtype, and never the activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.auto_axes) - set(mesh.manual_axes)
@@ -93,3 +91,24 @@ def place(x: Array, spec: P) -> Array:
 
     kept = [keep(size, entry) for size, entry in zip(x.shape, spec, strict=False)]
     return jax.lax.with_sharding_constraint(x, P(*kept))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(weight: Array, kept: P, used: P) -> Array:
+    """`weight` split by `used`, right before use, its gradient by `kept`.
+
+    So XLA gathers weights, in the compute dtype, and never activations; and gradients are
+    scattered as they are summed. (The gradient of `place` alone would be whole on every device.)
+    """
+    return place(weight, used)
+
+
+def _gather_forward(weight: Array, kept: P, used: P) -> tuple[Array, None]:
+    return place(weight, used), None
+
+
+def _gather_backward(kept: P, used: P, _: None, gradient: Array) -> tuple[Array]:
+    return (place(gradient, kept),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
