@@ -61,13 +61,17 @@ def lightning(rows: Sequence[Row]) -> Iterator[Line]:
 
 def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
     """Time per token at fixed batch and heads, as the length grows."""
-    first, *later = [r for r in rows if r["group"] == "lengths" and "both_ms" in r]
-    for r in later:
+    timed = [r for r in rows if r["group"] in ("lengths", "full") and "both_ms" in r]
+    first: dict[int, Row] = {}
+    for r in timed:
+        heads = r["batch"] * r["heads"]
+        if first.setdefault(heads, r) is r:
+            continue
         for key, name in (("forward", "forward"), ("both", "forward + backward")):
-            theirs, ours = (x[f"{key}_ns_per_token"] for x in (first, r))
+            theirs, ours = (x[f"{key}_ns_per_token"] for x in (first[heads], r))
             yield Line(
-                f"time per token, {name}, {r['length']} tokens",
-                f"the same at {first['length']}",
+                f"time per token, {name}, {heads} heads in all, {r['length']} tokens",
+                f"the same at {first[heads]['length']}",
                 f"{theirs:.1f} ns",
                 f"{ours:.1f} ns",
                 ours / theirs,

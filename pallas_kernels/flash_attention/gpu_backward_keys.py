@@ -69,6 +69,11 @@ def backward_keys(
     # Each warpgroup multiplies the dq of its 64 query rows, or of its part of the columns.
     split_rows = halves == warpgroups
     dq_shape = (ROWS, width if split_rows else width // warpgroups)
+    if dq is not None and dq_shape[1] % ROWS:
+        raise ValueError(
+            f"GpuTiles: keys.q={tiles.q} must be keys.kv={tiles.kv} where heads are {width} wide"
+            " and dq is reduced"
+        )
     shape = (ROWS, tiles.q)
     arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, delta, dq, sums))
 

@@ -41,12 +41,14 @@ BY_ROLE = dataclasses.replace(
 )
 
 
-def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, **mask):
-    """Both passes against the definition; with `blocks` they continue and add to float32."""
+def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, deterministic=not ON_GPU, **mask):
+    """Both passes against the definition; with `blocks` they continue and add to float32.
+
+    The interpreter has the deterministic kernels only.
+    """
     q, k, v = args
     options = {"causal": True, "window": None, "q_offset": 0, "scale": None, "soft_cap": None}
-    # The interpreter has deterministic kernels only; on a GPU that is another test's part.
-    spec = make_spec(q, k, v, lo, *(options | mask).values(), not ON_GPU)
+    spec = make_spec(q, k, v, lo, *(options | mask).values(), deterministic)
     wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
     keys = iter(jax.random.split(jax.random.key(7), 8))
     do = jax.random.normal(next(keys), (*q.shape[:3], v.shape[3])).astype(q.dtype)
@@ -86,14 +88,14 @@ half = functools.partial(inputs, dtype=jnp.bfloat16)
 @pytest.mark.parametrize("tiles", [TOGETHER, BY_ROLE], ids=["together", "roles"])
 def test_interpreted_window_offset_and_soft_cap(capfd, tiles):
     args = half(1, 100, 170, heads=2, kv_heads=1, width=40, value_width=64)
-    check_passes(args, tiles=tiles, q_offset=70, window=50, soft_cap=2.0)
+    check_passes(args, tiles=tiles, deterministic=True, q_offset=70, window=50, soft_cap=2.0)
     assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
 def test_interpreted_keys_that_nobody_sees(capfd):
     args = half(1, 60, 200, heads=1, width=64)
-    check_passes(args, tiles=BY_ROLE)
+    check_passes(args, tiles=BY_ROLE, deterministic=True)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -102,7 +104,7 @@ def test_interpreted_keys_that_nobody_sees(capfd):
 def test_interpreted_intervals_continuing_and_adding(capfd, tiles):
     args = half(1, 130, 190, heads=2)
     lo, hi = random_intervals((1, 2, 130), 190)
-    check_passes(args, lo, hi, tiles=tiles, blocks=True, causal=False)
+    check_passes(args, lo, hi, tiles=tiles, deterministic=True, blocks=True, causal=False)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -164,6 +166,15 @@ def test_refusals():
         dataclasses.replace(TOGETHER, passes="roles")
     with pytest.raises(ValueError, match="passes='alone' must be"):
         dataclasses.replace(TOGETHER, passes="alone")
+    q = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+    numbers = jnp.zeros((1, 1, 64))
+    with pytest.raises(
+        ValueError, match=r"keys\.q=64 must be keys\.kv=128 where heads are 64 wide"
+    ):
+        gpu.bwd(
+            q, q, q, None, None, q, numbers, numbers, None, spec=make_spec(q, q, q, None),
+            tiles=TOGETHER,
+        )  # fmt: skip
 
 
 def test_auto_leaves_other_gpus_to_xla():
