@@ -194,13 +194,17 @@ def _sharded(r: Row) -> str:
 def schedule(rows: Sequence[Row]) -> Iterator[Line]:
     """Of programs that were only compiled: what they move, what of it is exposed, and memory."""
     fewest = min(r["devices"] for r in rows)
-    same = {(r["name"], _shape(r)[1:]): r for r in rows if r["devices"] == fewest}
+
+    def kind(r: Row) -> tuple[Any, ...]:
+        return r["name"], r["length"] // r["devices"], *_shape(r)[1:]
+
+    same = {kind(r): r for r in rows if r["devices"] == fewest}
     for r in rows:
-        kinds = r["moves"].values()
-        moved, exposed = (sum(kind[x] for kind in kinds) for x in ("bytes", "exposed_bytes"))
+        moves = r["moves"].values()
+        moved, exposed = (sum(move[x] for move in moves) for x in ("bytes", "exposed_bytes"))
         what, shown = _sharded(r), (f"{moved / 1e6:,.0f} MB", f"{exposed / 1e6:,.0f} MB")
         yield Line(f"{what}: moves that nothing hides", "all moves", *shown, exposed / moved)
-        first = same.get((r["name"], _shape(r)[1:]))
+        first = same.get(kind(r))
         if first is not None and first is not r:
             before, after = (x["temporary_bytes"] for x in (first, r))
             shown = (f"{before / 1e6:,.0f} MB", f"{after / 1e6:,.0f} MB")
