@@ -150,6 +150,10 @@ class _Call:
         return self.key_width + self.value_width
 
     @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
     def local(self) -> int:
         return self.length // self.devices
 
@@ -196,11 +200,11 @@ class _Call:
         # The arriving keys are unpacked (read, written), the output is carried in float32.
         carried = self.batch * self.local * self.heads * self.value_width * 4
         between = 2 * (kv + carried) / chip.memory + chip.latency
-        compute = [chip.seconds(f, self.local) for f in busiest]
+        compute = [chip.forward_seconds(f, self.local) for f in busiest]
         link = chip.permute_over(self.devices * self.inner)
         move = kv / link + chip.latency
         forward = sum(max(c, move) for c in compute[:-1]) + compute[-1] + between * (hops - 1)
-        compute = [chip.seconds(2.5 * f, self.local, backward=True) for f in busiest]
+        compute = [chip.backward_seconds(f, self.local, self.group) for f in busiest]
         gradient = dkv / link + chip.latency
         backward = compute[0]
         if hops > 1:  # moves per hop: keys out, none or keys and gradients, gradients home
@@ -233,6 +237,7 @@ class _Call:
     def all_gather(self) -> Cost:
         chip, pairs = self.hardware, self.pairs
         flops = float(self.pair_flops * pairs.sum(1).max())
+        block = math.isqrt(self.local * self.length)  # its queries and all keys
         others = self.devices - 1
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
         # All keys are put in position order: read and written once.
@@ -245,10 +250,8 @@ class _Call:
             flops=flops,
             forward_bytes=kv * others,
             backward_bytes=(kv + dkv) * others,
-            forward_seconds=gather + chip.seconds(flops, self.local),
-            backward_seconds=gather
-            + scatter
-            + chip.seconds(2.5 * flops, self.local, backward=True),
+            forward_seconds=gather + chip.forward_seconds(flops, block),
+            backward_seconds=gather + scatter + chip.backward_seconds(flops, block, self.group),
             overlap_threshold=None,
         )
 

@@ -16,18 +16,25 @@ class Hardware:
     permute: float  # to one neighbour
     exchange: float  # out of one device in an all-gather or all-to-all
     latency: float  # seconds, of one collective
-    forward: float = 0.61  # share of `flops` that attention reaches on long blocks
+    forward: float = 0.63  # share of `flops` that attention reaches on long blocks
     backward: float = 0.545
     forward_half: int = 550  # tokens of a block that runs at half of that share
     backward_half: int = 1350
     island: int = 2**30  # neighbours along the sequence that `permute` and `exchange` join
     between: float = math.inf  # out of one device to another island
 
-    def seconds(self, flops: float, tokens: int, *, backward: bool = False) -> float:
-        """Time for the products of attention on blocks of `tokens` rows."""
-        share = self.backward if backward else self.forward
-        half = self.backward_half if backward else self.forward_half
-        return flops / (self.flops * share * tokens / (tokens + half))
+    def forward_seconds(self, flops: float, tokens: int) -> float:
+        """Time for a forward's products of attention on blocks of `tokens` rows."""
+        return flops / (self.flops * self.forward * tokens / (tokens + self.forward_half))
+
+    def backward_seconds(self, flops: float, tokens: int, group: int) -> float:
+        """Of the backward that belongs to a forward of `flops`, `group` query heads a key head.
+
+        Blocks of keys go through all the queries of their group: fewer blocks, each longer. The
+        fourth root is what was measured.
+        """
+        half = self.backward_half * group**0.25
+        return 2.5 * flops / (self.flops * self.backward * tokens / (tokens + half))
 
     def permute_over(self, devices: int) -> float:
         """Rate of a hop around so many: where islands meet, one device's link carries it."""
