@@ -218,7 +218,7 @@ PAPERS: dict[str, list[Section]] = {
             Path("experiments/plans/results/plans.jsonl"),
             lines.plans,
             "python -m experiments.plans",
-            needs="a CPU and libtpu",
+            needs="a CPU, libtpu, jax's CUDA plugin",
         ),
     ],
 }

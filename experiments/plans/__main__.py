@@ -1,7 +1,8 @@
 """What training steps need on pods, by the compiler, without a pod: `python -m experiments.plans`.
 
 Every row of results/plans.jsonl is a report of `longctx plan`. Names as arguments remake those
-rows only. Two CPU cores, a few minutes a row; libtpu must be installed.
+rows only. Two CPU cores, a few minutes a row; libtpu must be installed, for H100 the CUDA plugin of
+jax and ptxas.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from longctx.models import ParallelConfig
 from longctx.parallel import MeshConfig
 from longctx.plan import report_of, show
 from longctx.provenance import origin, read_rows
+from longctx.topologies import topology_devices
 from longctx.train.config import RunConfig
 
 RESULTS = Path(__file__).parent / "results" / "plans.jsonl"
@@ -53,6 +55,10 @@ PLANS: Mapping[str, tuple[str, RunConfig]] = {
     "Llama 3 8B, ring attention, 1M tokens": (
         "v5p:4x4x4",
         run("llama-3-8b", MeshConfig(fsdp=4, seq=16), 2**20, 4, RING),
+    ),
+    "Llama 3 8B, ring attention, 128K tokens, two hosts of H100": (
+        "h100:16",
+        run("llama-3-8b", MeshConfig(fsdp=4, seq=4), 2**17, 4, RING),
     ),
     "TNL 175B, 8K tokens, v5p": (
         "v5p:4x4x4",
@@ -90,6 +96,7 @@ def main() -> None:
 
 def report(name: str, topology: str, config: RunConfig) -> dict[str, Any]:
     """What `longctx plan` says; or why the compiler refuses, which is an answer too."""
+    topology_devices(topology)  # that there is no compiler is none
     try:
         found = {"run": name} | report_of(config, topology)
     except UserError as error:
