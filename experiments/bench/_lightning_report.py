@@ -96,12 +96,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     if not rows:
         return
     pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
     for batch in sorted({row["batch"] for row in rows}):
         for name, label in (("forward", "forward"), ("both", "forward + backward")):
             points = [(r["length"], r[f"{name}_ns_per_token"]) for r in rows if r["batch"] == batch]
-            many = f", {batch} rows" if batch > 1 else ""
-            axes.plot(*np.transpose(points), marker="o", label=label + many)
+            label = f"{label}, {batch} row{'s' if batch > 1 else ''}"
+            axes.plot(*np.transpose(points), marker="o", label=label)
     length_axis(axes, sorted({row["length"] for row in rows}), "length, tokens")
     tidy(axes)
     axes.set_ylim(bottom=0)

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.bench.ring.programs import PASSES, WIDTH
+from longctx.figures import length_axis, tidy
 
 
 def draw_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -34,9 +35,9 @@ def draw_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
         devices, heads, kv_heads = shape
         axes.set(title=f"{which.replace('_', ' + ')}, {devices} devices, {heads}:{kv_heads}")
         axes.set(ylim=(0, 1.1))
-        axes.set_xscale("log", base=2)
         axes.axhline(0.95, color="grey", linewidth=0.5)
-        axes.grid(alpha=0.3)
+        length_axis(axes, sorted({r["length"] // r["devices"] for r in rows}), "")
+        tidy(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("share of ideal")
     for axes in grid[-1]:
