@@ -127,7 +127,30 @@ def walk_rows(spec: Spec, tiles: KernelTiles, ranges, b, kv_head, tile, visit: C
 
     state = visit(masked, query head, n - i, i, state) at the n-th step, for query tile i. Returns
     the number of steps and the last state.
+
+    Heads that see the same go through a query tile together, from the last tile to the first.
+    Blocks of different key tiles then read the same queries at about the same time, one from
+    memory and the others from L2; head after head, they would drift apart by whole heads. Each
+    begins with another head, so that not all add to one tile of dq.
     """
+    if spec.group > 1 and (ranges is None or ranges.bounds.shape[1] == 1):
+        start, full_start, full_stop, stop = tile_bounds(
+            ranges, b, kv_head, tile, lambda: column_tile_bounds(spec, tiles, tile)
+        )
+
+        def turn(masked, n, state):
+            i = stop - 1 - lax.div(n, spec.group)
+            h = kv_head * spec.group + lax.rem(n + tile, spec.group)
+            return visit(masked, h, n - i, i, state)
+
+        for first, last, masked in (
+            (stop, full_stop, True),
+            (full_stop, full_start, False),
+            (full_start, start, True),
+        ):
+            steps = (stop - first) * spec.group, (stop - last) * spec.group
+            state = lax.fori_loop(*steps, functools.partial(turn, masked), state)
+        return (stop - start) * spec.group, state
 
     def head(member, carry):
         n, state = carry

@@ -100,10 +100,11 @@ def test_interpreted_keys_that_nobody_sees(capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("of", [1, 2], ids=["of all heads", "by head"])
 @pytest.mark.parametrize("tiles", [TOGETHER, BY_ROLE], ids=["together", "roles"])
-def test_interpreted_intervals_continuing_and_adding(capfd, tiles):
-    args = half(1, 130, 190, heads=2)
-    lo, hi = random_intervals((1, 2, 130), 190)
+def test_interpreted_intervals_continuing_and_adding(capfd, tiles, of):
+    args = half(1, 130, 190, heads=2, kv_heads=1)
+    lo, hi = random_intervals((1, of, 130), 190)
     check_passes(args, lo, hi, tiles=tiles, deterministic=True, blocks=True, causal=False)
     assert "RACE" not in capfd.readouterr().out
 
