@@ -213,9 +213,8 @@ def generate(arguments: Sequence[str]) -> None:
     tokenizer = load_tokenizer(loaded.config.data.tokenizer)
     prompts = [[tokenizer.boundary, *tokenizer.encode(text.encode())] for text in options.prompt]
     lengths = np.array([len(tokens) for tokens in prompts])
-    rows, longest = loaded.config.model.learned_positions, lengths.max() + options.max_new_tokens
-    if rows and longest > rows:
-        raise UserError(f"{longest} tokens with the prompt; the model has {rows} learned positions")
+    longest = int(lengths.max()) + options.max_new_tokens
+    loaded.config.model.check_length(longest, "tokens with the prompt")
     padded = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, tokens in zip(padded, prompts, strict=True):
         row[: len(tokens)] = tokens

@@ -13,7 +13,6 @@ from longctx.eval.score import Score, make_scorer
 from longctx.figures import length_axis, tidy
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import read_rows, write_rows
-from longctx.train.config import RunError
 from longctx.train.restore import load_run
 
 
@@ -36,16 +35,16 @@ def evaluate(
       mesh: devices to use; default one.
 
     Raises:
-      RunError: `run` has no checkpoint that can be read, or the model cannot take a length.
+      RunError: `run` has no checkpoint that can be read.
+      UserError: the model cannot take a length.
       DataError: the held-out text is shorter than the largest length.
       ValueError: a length does not divide the largest.
     """
     device_mesh = make_mesh(mesh)
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
-        config, rows = loaded.config, loaded.config.model.learned_positions
-        if rows and max(lengths) > rows:
-            raise RunError(f"length {max(lengths)} exceeds the model's {rows} learned positions")
+        config = loaded.config
+        config.model.check_length(max(lengths))
         corpus = load_corpus(config.data, "valid", vocab_size=config.model.vocab_size)
         scores = []
         for length in sorted(lengths):

@@ -156,9 +156,7 @@ def _check(cell: Cell, model: ModelConfig) -> None:
             f"task {cell.name} needs model.vocab_size={model.vocab_size} to be at least "
             f"{cell.task.vocab_size}"
         )
-    rows = model.learned_positions
-    if rows and cell.length > rows:
-        raise UserError(f"length {cell.length} exceeds the model's {rows} learned positions")
+    model.check_length(cell.length)
     try:
         next(episodes(cell.task, length=cell.length))
     except ValueError as error:

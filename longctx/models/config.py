@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from longctx.attention.tensorized import Order, Positions, Variant
+from longctx.errors import UserError
 from longctx.nn.lightning import Gate
 from longctx.nn.mlp import Activation
 from longctx.nn.norm import NormKind
@@ -177,6 +178,12 @@ class ModelConfig:
         absolute = "lightning" in self.mixers and self.lightning.position == "absolute"
         if absolute and not self.learned_positions:
             raise ValueError("position='absolute' needs learned_positions, the table's rows")
+
+    def check_length(self, length: int, name: str = "length") -> None:
+        """Raise UserError if so many tokens have no learned position; `name` says what they are."""
+        if self.learned_positions and length > self.learned_positions:
+            rows = self.learned_positions
+            raise UserError(f"{name}={length} exceeds model.learned_positions={rows}")
 
     def layer_kinds(self) -> tuple[str, ...]:
         """Kind of each layer: its mixer, with "+lrpe" where q and k are rotated."""

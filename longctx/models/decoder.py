@@ -85,7 +85,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: T exceeds the learned position table; or positions are needed.
         """
-        self._check_length(tokens.shape[1])
+        self.config.check_length(tokens.shape[1])
         return self._hidden(tokens, None, positions, doc_start=doc_start)[0]
 
     def head(self) -> Float[Array, "V M"]:
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: `max_length` exceeds the learned position table.
         """
-        self._check_length(max_length)
+        self.config.check_length(max_length, "max_length")
         return self.stack.init_cache(batch, max_length)
 
     def prefill(
@@ -151,11 +151,6 @@ class Decoder(nnx.Module):
         x = place(x, self.axes.hidden)
         x, cache = self.stack(x, cache, positions=positions, doc_start=doc_start, lengths=lengths)
         return self.final_norm(x), cache
-
-    def _check_length(self, length: int) -> None:
-        rows = self.config.learned_positions
-        if rows and length > rows:
-            raise ValueError(f"{length=} exceeds the table of learned positions, {rows=}")
 
 
 def make_block(model: Decoder, kind: str, layer: Int[Array, ""], rngs: nnx.Rngs) -> Block:

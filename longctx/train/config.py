@@ -151,12 +151,7 @@ class RunConfig:
             )
         layout = as_layout(self.parallel.token_layout, self.mesh.seq)
         layout.check(self.data.sequence_length, self.mesh.seq)
-        rows = self.model.learned_positions
-        if rows and self.data.sequence_length > rows:
-            raise ValueError(
-                f"data.sequence_length={self.data.sequence_length} exceeds "
-                f"model.learned_positions={rows}"
-            )
+        self.model.check_length(self.data.sequence_length, "data.sequence_length")
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must not exceed "
