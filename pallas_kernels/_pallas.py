@@ -7,8 +7,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
-__all__ = ["pl", "plgpu", "pltpu", "unify_varying", "varying_axes"]
+__all__ = ["forget_varying", "pl", "plgpu", "pltpu", "unify_varying", "varying_axes"]
 
 
 def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
@@ -32,3 +34,18 @@ def unify_varying[Tree](tree: Tree, axes: Sequence[str] | frozenset[str]) -> Tre
         return lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree)
+
+
+def forget_varying(x: jax.Array) -> jax.Array:
+    """`x` itself, marked as varying over no mesh axis: kernels refuse references that vary.
+
+    What a kernel returns is marked so anyway; `unify_varying` puts it right.
+    """
+    return _forget_varying.bind(x)
+
+
+_forget_varying = Primitive("forget_varying")
+_forget_varying.def_impl(lambda x: x)
+_forget_varying.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+mlir.register_lowering(_forget_varying, lambda _, x: [x])
+batching.defvectorized(_forget_varying)

@@ -21,6 +21,7 @@ __all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "me
 
 # The backends, and the tile class that each takes.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
+NO_SUMS = (None, None, None)
 TILES: dict[str, type] = {"xla": Tiles, "tpu": TpuTiles, "gpu": GpuTiles}
 
 
@@ -126,7 +127,7 @@ def block_backward(
     *,
     lo: Int[Array, "B T"] | Int[Array, "B H T"] | None = None,
     hi: Int[Array, "B T"] | Int[Array, "B H T"] | None = None,
-    accumulate: tuple[Array, Array, Array] | None = None,
+    accumulate: tuple[Array | None, Array | None, Array | None] | None = None,
     causal: bool = False,
     window: int | None = None,
     q_offset: int = 0,
@@ -139,14 +140,14 @@ def block_backward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """The backward of one hop: what this block's keys add to dq, and their dk and dv.
 
-    `lse` and `delta = rowsum(do * o) - dlse` are float32 and over the keys of all hops. With
-    `accumulate = (dq, dk, dv)`, float32, the gradients are added to it; without, they have
-    `out_dtype`, by default that of q, k and v.
+    `lse` and `delta = rowsum(do * o) - dlse` are float32 and over the keys of all hops.
+    `accumulate = (dq, dk, dv)` are float32 sums to which the gradients are added; a gradient
+    without a sum (None) has `out_dtype`, by default that of q, k and v.
     """
     lo, hi = _intervals(q, k, lo, hi)
     spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.dtype))
-    args = (q, k, v, lo, hi, do, lse, delta, accumulate)
+    args = (q, k, v, lo, hi, do, lse, delta, accumulate or NO_SUMS)
     return _run("bwd", _call(spec, backend, tiles), *args)
 
 
@@ -193,7 +194,7 @@ def _attend_bwd(call: _Call, saved: tuple, cotangents: tuple[Array, Array]):
     q, k, v, lo, hi, o, lse = saved
     do, dlse = cotangents
     delta = jnp.swapaxes(jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1), 1, 2) - dlse
-    dq, dk, dv = _run("bwd", call, q, k, v, lo, hi, do, lse, delta, None)
+    dq, dk, dv = _run("bwd", call, q, k, v, lo, hi, do, lse, delta, NO_SUMS)
     return dq, dk, dv, None, None
 
 

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels._dispatch import not_hopper
-from pallas_kernels._pallas import unify_varying, varying_axes
+from pallas_kernels._pallas import forget_varying, unify_varying, varying_axes
 from pallas_kernels.flash_attention.gpu_backward_keys import backward_keys
 from pallas_kernels.flash_attention.gpu_backward_roles import backward_keys_by_role
 from pallas_kernels.flash_attention.gpu_backward_rows import backward_rows
@@ -22,11 +22,9 @@ from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
 from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
+from pallas_kernels.flash_attention.xla import Carry, Gradients, Sums
 
 WIDTHS = tuple(GPU_TILES)  # of heads, after padding
-
-Carry = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
-Gradients = tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]
 
 
 def unsupported(spec: Spec) -> str | None:
@@ -79,7 +77,7 @@ def bwd(
     do: Float[Array, "B T H E"],
     lse: Float[Array, "B H T"],
     delta: Float[Array, "B H T"],
-    accumulate: Gradients | None,
+    accumulate: Sums,
     *,
     spec: Spec,
     tiles: GpuTiles | None = None,
@@ -87,7 +85,7 @@ def bwd(
 ) -> Gradients:
     """See `xla.bwd`. The interpreter knows no reductions: there it is always deterministic."""
     tiles = tiles or _tiles(spec)
-    axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *(accumulate or ()))
+    axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *accumulate)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # 2^(s - inf) = 0: such rows vanish
     rows, keys = tiles.rows.q, tiles.keys.kv  # multiples of the other kernels' tiles
     wide = _table_width(spec)
@@ -95,13 +93,13 @@ def bwd(
     k, v = _pad(k, keys, wide), _pad(v, keys)
     lse = _pad(lse, rows, axis=2, value=jnp.inf)
     delta = _pad(delta, rows, axis=2)
-    sums = {}
-    if accumulate is not None:
-        sums = {
-            "dq": _pad(accumulate[0], rows, wide),
-            "dk": _pad(accumulate[1], keys, wide),
-            "dv": _pad(accumulate[2], keys),
-        }
+    sums = {
+        name: _pad(x, size, width)
+        for name, x, size, width in zip(
+            ("dq", "dk", "dv"), accumulate, (rows, keys, keys), (wide, wide, None), strict=True
+        )
+        if x is not None
+    }
 
     def by_keys(dq: Any) -> tuple[Array, Array]:
         visible = _visible(spec, lo, hi, tiles.keys, column_bounds)
@@ -113,12 +111,14 @@ def bwd(
         return backward_keys(*args, dq, some, **how)
 
     if tiles.passes == "together" and not spec.deterministic and interpret is None:
-        # Tied to the keys, else XLA makes the zeros of all hops of a ring at once, and keeps them.
-        zero, k = lax.optimization_barrier((jnp.zeros((), jnp.float32), k))
-        ref = jax.new_ref(sums["dq"] if sums else jnp.full(q.shape, zero))
+        if "dq" in sums:
+            ref = jax.new_ref(forget_varying(sums["dq"]))
+        else:  # tied to this call, else XLA makes the zeros of several calls at once
+            zero, delta = lax.optimization_barrier((jnp.zeros((), jnp.float32), delta))
+            ref = jax.new_ref(jnp.full(q.shape, zero))
         dk, dv = by_keys(ref)
         dq = jax.freeze(ref)
-        dq = dq if sums else dq.astype(spec.out_dtype)
+        dq = dq if "dq" in sums else dq.astype(spec.out_dtype)
     else:
         visible = _visible(spec, lo, hi, tiles.rows, row_bounds)
         dq = backward_rows(

@@ -194,10 +194,12 @@ def backward_keys_by_role(
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
-    out_dtype = jnp.float32 if sums else spec.out_dtype
     return plgpu.kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, out_dtype) for x in (k, v)),
+        out_type=tuple(
+            jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in sums else spec.out_dtype)
+            for name, x in (("dk", k), ("dv", v))
+        ),
         scratch_types=(
             (operand(ROWS, width), operand(ROWS, value_width)),
             (

@@ -94,6 +94,7 @@ def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: Tiles
     _, to_p_and_v = jax.vjp(lambda p, v: mix(p, v, spec), p, v)
     dp, dv = to_p_and_v(do)
     gradients = (*to_q_and_k(p * (dp - delta[..., None])), dv)
-    if accumulate is None:
-        return tuple(g.astype(spec.out_dtype) for g in gradients)
-    return tuple(a + g.astype(a.dtype) for a, g in zip(accumulate, gradients, strict=True))
+    return tuple(
+        g.astype(spec.out_dtype) if a is None else a + g.astype(a.dtype)
+        for a, g in zip(accumulate, gradients, strict=True)
+    )

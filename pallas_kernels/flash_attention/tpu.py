@@ -75,7 +75,7 @@ def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: TpuTiles | None = None):
 def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTiles | None = None):
     """See `xla.bwd`."""
     tiles = (tiles or tpu_tiles(spec)).fit(spec)
-    dtype = spec.out_dtype if accumulate is None else jnp.float32
+    dtypes = [spec.out_dtype if x is None else jnp.float32 for x in accumulate]
     # A row without keys has lse -inf; all of its scores are masked, whatever is subtracted.
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * LOG2E
     rows = [
@@ -93,7 +93,7 @@ def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTi
         row_bounds(spec, lo, hi, tiles),
         _limits(lo, hi),
         [*rows, *keys, ("key^T", _width_first(k))],
-        [("row", spec.q_heads, spec.key_width, dtype)],
+        [("row", spec.q_heads, spec.key_width, dtypes[0])],
         scratch=[(spec.key_width, tiles.q)],
     )
     dk, dv = _launch(
@@ -104,13 +104,14 @@ def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTi
         column_bounds(spec, lo, hi, tiles),
         _limits(lo, hi),
         [*rows, *keys],
-        [("key", spec.kv_heads, width, dtype) for width in (spec.key_width, spec.value_width)],
+        [
+            ("key", spec.kv_heads, spec.key_width, dtypes[1]),
+            ("key", spec.kv_heads, spec.value_width, dtypes[2]),
+        ],
         scratch=[(tiles.kv, spec.key_width), (tiles.kv, spec.value_width)],
     )
     gradients = dq.transpose(0, 3, 1, 2), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
-    if accumulate is None:
-        return gradients
-    return tuple(a + g for a, g in zip(accumulate, gradients, strict=True))
+    return tuple(g if a is None else a + g for a, g in zip(accumulate, gradients, strict=True))
 
 
 def _forward_kernel(spec: Spec, tile: "_Tile", q, k, v_t, o, lse, m, l, acc):

@@ -16,6 +16,9 @@ from pallas_kernels.flash_attention.tiles import XLA_TILES, Spec, Tiles
 
 Carry = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
 Gradients = tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]
+Sums = tuple[
+    Float[Array, "B T H D"] | None, Float[Array, "B S K D"] | None, Float[Array, "B S K E"] | None
+]
 
 
 def unsupported(spec: Spec) -> str | None:
@@ -85,22 +88,23 @@ def bwd(
     do: Float[Array, "B T H E"],
     lse: Float[Array, "B H T"],
     delta: Float[Array, "B H T"],
-    accumulate: Gradients | None,
+    accumulate: Sums,
     *,
     spec: Spec,
     tiles: Tiles | None = None,
 ) -> Gradients:
     """Gradients of q, k and v from these keys, for rows whose lse is over all their keys.
 
-    `delta` is rowsum(do o) - dlse. With `accumulate` the gradients are added to its float32
-    arrays; without, they have `spec.out_dtype`.
+    `delta` is rowsum(do o) - dlse. A gradient is added to its float32 array in
+    `accumulate`; where that is None, it has `spec.out_dtype`.
     """
     walk = _Walk(spec, tiles, lo, hi)
-    axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *(accumulate or ()))
-    if accumulate is None:
-        dk, dv = (jnp.zeros(x.shape, spec.wide) for x in (k, v))
-    else:
-        _, dk, dv = accumulate
+    axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *accumulate)
+    dq_before, *before = accumulate
+    dk, dv = (
+        jnp.zeros(x.shape, spec.wide) if y is None else y
+        for x, y in zip((k, v), before, strict=True)
+    )
     dk_v = unify_varying((walk.keys(dk), walk.keys(dv)), axes)
     q, do, k, v = walk.rows(q), walk.rows(do.astype(v.dtype)), walk.keys(k), walk.keys(v)
     # A row without keys has lse -inf; all of its scores are masked, whatever is subtracted.
@@ -128,13 +132,15 @@ def bwd(
         dq = unify_varying(jnp.zeros(shape, spec.wide), axes)
         dq, dk, dv = lax.fori_loop(walk.start[i], walk.stop[i], key_tile, (dq, *dk_v))
         dq = walk.join_heads(dq)
-        return (dk, dv), dq if accumulate is not None else dq.astype(spec.out_dtype)
+        return (dk, dv), dq if dq_before is not None else dq.astype(spec.out_dtype)
 
     dk_v, dq = lax.scan(row_tile, dk_v, jnp.arange(walk.count, dtype=jnp.int32))
     dq, (dk, dv) = walk.join_rows(dq), (x[:, : spec.kv_length] for x in dk_v)
-    if accumulate is not None:
-        return accumulate[0] + dq, dk, dv
-    return dq, dk.astype(spec.out_dtype), dv.astype(spec.out_dtype)
+    dq = dq if dq_before is None else dq_before + dq
+    dk, dv = (
+        x.astype(spec.out_dtype) if y is None else x for x, y in zip((dk, dv), before, strict=True)
+    )
+    return dq, dk, dv
 
 
 class _Walk:

@@ -21,10 +21,11 @@ from tests.longctx.parallel.cases import documents, draw, errors, on_mesh, value
 TIME = (1, 1, 1, 1, 2, 1, 1, 1)
 
 
-def operands(*, batch=1, length=32, heads=4, kv_heads=2, dtype=jnp.float32):
-    """q, k, v and the cotangents of o and lse; D = 8, E = 12."""
-    shapes = [(batch, length, h, w) for h, w in ((heads, 8), (kv_heads, 8), (kv_heads, 12))]
-    *qkv, do, dlse = draw([*shapes, (batch, length, heads, 12), (batch, heads, length)], dtype)
+def operands(*, batch=1, length=32, heads=4, kv_heads=2, value_width=12, dtype=jnp.float32):
+    """q, k, v and the cotangents of o and lse; D = 8."""
+    kinds = (heads, 8), (kv_heads, 8), (kv_heads, value_width), (heads, value_width)
+    shapes = [(batch, length, *kind) for kind in kinds]
+    *qkv, do, dlse = draw([*shapes, (batch, heads, length)], dtype)
     return tuple(qkv), (do, dlse.astype(jnp.float32))
 
 
@@ -119,14 +120,16 @@ def test_production_blocks_heads_on_tensor_batch_on_data():
     assert_close(got, exact(args, cotangents, **options), 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads"), [pytest.param(1, 1, marks=pytest.mark.slow), (3, 1), (3, 3)]
-)
-def test_halves_of_the_heads(heads, kv_heads):
-    """One head has no second half; one key head serves both; three split unevenly."""
-    args, cotangents = operands(heads=heads, kv_heads=kv_heads)
-    got = sharded(args, cotangents, Layout("zigzag", 2), 2, strategy="ring", backend="reference")
-    assert_close(got, exact(args, cotangents), 5e-7)
+@pytest.mark.parametrize(("devices", "length", "kv_heads"), [(2, 10, 1), (4, 4, 4)])
+def test_stacked_messages_and_halves_of_the_keys(devices, length, kv_heads):
+    """Keys as wide as values; five of each device's own, cut into halves, and one, which is not."""
+    args, cotangents = operands(batch=2, length=length, kv_heads=kv_heads, value_width=8)
+    start = documents(2, length, 2)
+    got = sharded(
+        args, cotangents, Layout("contiguous", devices), devices, doc_start=start,
+        strategy="ring", backend="reference",
+    )  # fmt: skip
+    assert max(errors(got, exact(args, cotangents, doc_start=start))) < 5e-7
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
@@ -162,9 +165,14 @@ def test_bfloat16_error_is_that_of_one_device(strategy, devices):
     check_error(strategy, devices)
 
 
-def check_error(strategy, devices):
+def test_bfloat16_in_stacked_messages():
+    """With enough devices that sums are added up inside a message."""
+    check_error("ring", 8, value_width=8)
+
+
+def check_error(strategy, devices, **shape):
     """Against float64, the error on many devices is at most 1.1 times that on one."""
-    args, cotangents = operands(length=64, dtype=jnp.bfloat16)
+    args, cotangents = operands(length=64, dtype=jnp.bfloat16, **shape)
     want = exact(args, cotangents)
     one = errors(single(args, cotangents), want)
     layout = Layout("zigzag", devices)

@@ -1,5 +1,7 @@
 """Attention in pieces: merge, a carry from earlier keys, gradients added up over keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,23 @@ def test_accumulated_gradients_equal_those_of_all_keys(how):
         hops.append(dk_dv)
     dk, dv = (jnp.concatenate(x, 1) for x in zip(*hops, strict=True))
     assert_close((dq, dk, dv), [b + g for b, g in zip(base, gradients, strict=True)], 4e-6)
+
+
+@backends
+def test_each_gradient_may_have_a_sum_or_none(how):
+    q, _, _, lo, hi, (k, v, *_), _ = pieces(dtype=jnp.bfloat16)
+    o, lse = block_forward(q, k, v, lo=lo, hi=hi, **how)
+    gradients = functools.partial(
+        block_backward, q, k, v, o, lse, jnp.zeros_like(lse), lo=lo, hi=hi, **how
+    )
+    plain = gradients(out_dtype=jnp.float32)
+    sums = random_like(plain, jax.random.key(1))
+    for given in range(3):
+        got = gradients(accumulate=tuple(x if i == given else None for i, x in enumerate(sums)))
+        for i, x in enumerate(got):
+            want = plain[i] + sums[i] if i == given else plain[i].astype(jnp.bfloat16)
+            assert x.dtype == want.dtype
+            assert_close(x, want, 1e-6)
 
 
 @backends

@@ -52,7 +52,7 @@ def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, deterministic=n
     wide = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
     keys = iter(jax.random.split(jax.random.key(7), 8))
     do = jax.random.normal(next(keys), (*q.shape[:3], v.shape[3])).astype(q.dtype)
-    carry = sums = None
+    carry, sums = None, (None, None, None)
     if blocks:
         spec = wide
         lse = jax.random.normal(next(keys), (q.shape[0], q.shape[2], q.shape[1]))
