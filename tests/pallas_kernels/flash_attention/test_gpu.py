@@ -173,8 +173,8 @@ def test_refusals():
         ValueError, match=r"keys\.q=64 must be keys\.kv=128 where heads are 64 wide"
     ):
         gpu.bwd(
-            q, q, q, None, None, q, numbers, numbers, None, spec=make_spec(q, q, q, None),
-            tiles=TOGETHER,
+            q, q, q, None, None, q, numbers, numbers, (None, None, None),
+            spec=make_spec(q, q, q, None), tiles=TOGETHER,
         )  # fmt: skip
 
 
