@@ -135,3 +135,13 @@ def test_schedules_are_read_once(monkeypatch, tmp_path):
     assert row["moves"]["collective-permute"]["count"] == 8
     assert row["moves"]["collective-permute"]["exposed_bytes"] == 0
     assert row["temporary_bytes"] > 0
+
+
+@pytest.mark.parametrize("which", ["forward", "forward_backward"])
+def test_a_part_has_all_of_the_moves_or_none(which):
+    def moves(part):
+        case = Case(256, 2, 2, which, "ring", 4, part)
+        return case.lower(jax.devices()).compile().as_text().count(" collective-permute(")
+
+    assert moves("communication") == moves("full") > 2
+    assert moves("compute") == 0

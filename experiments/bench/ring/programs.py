@@ -84,6 +84,11 @@ def only(part: str) -> ExitStack:
     What is left out hands on its inputs, so that the rest happens in the same order.
     """
 
+    def after(x: Array, *others: Array) -> Array:
+        """`x`, which the compiler believes to depend on the others, so that they arrive."""
+        probe = jnp.stack([y[(0,) * y.ndim].astype(jnp.float32) for y in others]).sum()
+        return x + (0 * probe).astype(x.dtype)
+
     def stay(x: Any, *_: Any) -> Any:
         return lax.optimization_barrier(x)
 
@@ -93,12 +98,12 @@ def only(part: str) -> ExitStack:
             jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
         )
         o, lse = unify_varying((o.astype(out_dtype or o.dtype), lse), varying_axes(q))
-        return lax.optimization_barrier(((o, lse), k, v))[0]
+        return after(o, k, v), lse
 
     def backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:
         gradients = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
         gradients = unify_varying(gradients, varying_axes(q))
-        return lax.optimization_barrier((gradients, k, v, rows))[0]
+        return tuple(after(x, k, v, *rows) for x in gradients)
 
     stack = ExitStack()
     if part == "compute":
