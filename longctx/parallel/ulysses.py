@@ -8,15 +8,17 @@ ring runs between ranks (USP). Keys and values are repeated when U devices share
 Sources: arXiv 2309.14509 (Ulysses), 2405.07719 (USP).
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from longctx.parallel.ring import Output, ring_attention
 from longctx.parallel.shards import Shards
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention import block_backward, flash_attention
 
 
 def kv_copies(heads: int, kv_heads: int, inner: int) -> int:
@@ -48,13 +50,17 @@ def ulysses_attention(
         return lax.all_to_all(x, shards.axis, split, concat, tiled=True, axis_index_groups=groups)
 
     copies = kv_copies(q.shape[2], k.shape[2], shards.inner)
+    attend = whole_attention if shards.ranks == 1 else ring_attention
+    if copies > 1 and shards.ranks == 1:
+        # The gradients of the copies are rounded once, when they have been summed.
+        attend, wide = _whole_attention, jnp.promote_types(k.dtype, jnp.float32)
+        k, v = k.astype(wide), v.astype(wide)
     k, v = (repeat_heads(x, copies * x.shape[2]) for x in (k, v))
     q, k, v = (swap(x, 2, 1) for x in (q, k, v))
     if doc_start is not None:
         doc_start = lax.all_gather(
             doc_start, shards.axis, axis=1, tiled=True, axis_index_groups=shards.groups()
         )
-    attend = whole_attention if shards.ranks == 1 else ring_attention
     o, lse = attend(shards, q, k, v, doc_start)
     return swap(o, 1, 2), swap(lse, 2, 1)
 
@@ -73,6 +79,32 @@ def whole_attention(
         **shards.options,
     )  # fmt: skip
     return o, lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whole_attention(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
+    """`whole_attention` of k and v that are given in float32, as their gradients then are."""
+    return whole_attention(shards, q, k.astype(q.dtype), v.astype(q.dtype), doc_start)
+
+
+def _whole_forward(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    o, lse = whole_attention(shards, q, k, v, doc_start)
+    return (o, lse), (q, k, v, doc_start, o, lse)
+
+
+def _whole_backward(shards: Shards, saved: tuple, cotangents: Output):
+    q, k, v, doc_start, o, lse = saved
+    do, dlse = cotangents
+    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+    dq, dk, dv = block_backward(
+        q, k, v, do, lse, delta, out_dtype=lse.dtype,
+        causal=shards.causal, window=shards.window, lo=doc_start, **shards.options,
+    )  # fmt: skip
+    return dq.astype(q.dtype), dk, dv, None
+
+
+_whole_attention.defvjp(_whole_forward, _whole_backward)
 
 
 def repeat_heads(x: Float[Array, "B T _ D"], heads: int) -> Float[Array, "B T H D"]:

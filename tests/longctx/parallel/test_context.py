@@ -170,12 +170,17 @@ def test_bfloat16_in_stacked_messages():
     check_error("ring", 8, value_width=8)
 
 
-def check_error(strategy, devices, **shape):
+def test_bfloat16_in_copies_of_key_heads():
+    """Whose gradients are summed before they are rounded."""
+    check_error("ulysses", 4, kind="contiguous", heads=8, kv_heads=1)
+
+
+def check_error(strategy, devices, kind="zigzag", **shape):
     """Against float64, the error on many devices is at most 1.1 times that on one."""
     args, cotangents = operands(length=64, dtype=jnp.bfloat16, **shape)
     want = exact(args, cotangents)
     one = errors(single(args, cotangents), want)
-    layout = Layout("zigzag", devices)
+    layout = Layout(kind, devices)
     got = sharded(args, cotangents, layout, devices, strategy=strategy, backend="reference")
     for name, many, single_device in zip(
         ("o", "lse", "dq", "dk", "dv"), errors(got, want), one, strict=True
