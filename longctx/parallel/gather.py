@@ -9,13 +9,12 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from longctx.parallel.shards import Shards, pack, unpack
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.flash_attention import block_backward, block_forward
+from pallas_kernels.flash_attention import block_backward, block_forward, row_delta
 
 type Output = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
 
@@ -62,7 +61,7 @@ def _gather_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array |
 def _gather_bwd(shards: Shards, saved: tuple, cotangents: Output):
     q, k, v, doc_start, o, lse = saved
     do, dlse = cotangents
-    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+    delta = row_delta(o, lse, do, dlse)
     all_k, all_v = _all_keys(shards, k, v)
     mask = _mask(shards, q.shape[0], doc_start)
     dq, dk, dv = block_backward(

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.parallel.shards import Shards, pack, unpack
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.flash_attention import block_backward, block_forward, flash_attention
+from pallas_kernels.flash_attention import block_backward, block_forward, flash_attention, row_delta
 
 type Output = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
 
@@ -83,7 +83,7 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
     batch, width = q.shape[0], q.shape[-1]
     # Else XLA may keep what arrived in the forward for the backward: a second shard of keys.
     own, do, lse = lax.optimization_barrier((own, do, lse))
-    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+    delta = row_delta(o, lse, do, dlse)
     gradients = functools.partial(_gradients, shards, (q, do, lse, delta), width)
     local, middle = shards.own_block(batch, doc_start), shards.local // 2
 

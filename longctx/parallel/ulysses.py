@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.parallel.ring import Output, ring_attention
 from longctx.parallel.shards import Shards
-from pallas_kernels.flash_attention import block_backward, flash_attention
+from pallas_kernels.flash_attention import block_backward, flash_attention, row_delta
 
 
 def kv_copies(heads: int, kv_heads: int, inner: int) -> int:
@@ -96,7 +96,7 @@ def _whole_forward(shards: Shards, q: Array, k: Array, v: Array, doc_start: Arra
 def _whole_backward(shards: Shards, saved: tuple, cotangents: Output):
     q, k, v, doc_start, o, lse = saved
     do, dlse = cotangents
-    delta = jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+    delta = row_delta(o, lse, do, dlse)
     dq, dk, dv = block_backward(
         q, k, v, do, lse, delta, out_dtype=lse.dtype,
         causal=shards.causal, window=shards.window, lo=doc_start, **shards.options,

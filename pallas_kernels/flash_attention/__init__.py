@@ -5,7 +5,16 @@ from pallas_kernels.flash_attention.api import (
     block_forward,
     flash_attention,
     merge,
+    row_delta,
 )
 from pallas_kernels.flash_attention.tiles import Spec, Tiles
 
-__all__ = ["Spec", "Tiles", "block_backward", "block_forward", "flash_attention", "merge"]
+__all__ = [
+    "Spec",
+    "Tiles",
+    "block_backward",
+    "block_forward",
+    "flash_attention",
+    "merge",
+    "row_delta",
+]

@@ -17,7 +17,7 @@ from pallas_kernels.flash_attention import gpu, reference, tpu, xla
 from pallas_kernels.flash_attention.reference import merge
 from pallas_kernels.flash_attention.tiles import GpuTiles, Spec, Tiles, TpuTiles
 
-__all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "merge"]
+__all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "merge", "row_delta"]
 
 # The backends, and the tile class that each takes.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
@@ -117,6 +117,16 @@ def block_forward(
     return _run("fwd", _call(spec, backend, tiles), q, k, v, lo, hi, carry)
 
 
+def row_delta(
+    o: Float[Array, "B T H E"],
+    lse: Float[Array, "B H T"],
+    do: Float[Array, "B T H E"],
+    dlse: Float[Array, "B H T"],
+) -> Float[Array, "B H T"]:
+    """rowsum(do * o) - dlse in the dtype of lse: what `block_backward` takes as `delta`."""
+    return jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+
+
 def block_backward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
@@ -193,7 +203,7 @@ def _attend_fwd(call: _Call, q: Array, k: Array, v: Array, lo: Array | None, hi:
 def _attend_bwd(call: _Call, saved: tuple, cotangents: tuple[Array, Array]):
     q, k, v, lo, hi, o, lse = saved
     do, dlse = cotangents
-    delta = jnp.swapaxes(jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1), 1, 2) - dlse
+    delta = row_delta(o, lse, do, dlse)
     dq, dk, dv = _run("bwd", call, q, k, v, lo, hi, do, lse, delta, NO_SUMS)
     return dq, dk, dv, None, None
 
