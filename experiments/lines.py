@@ -1,9 +1,11 @@
 """How committed rows are read as comparisons: one function per kind of results file."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.bench._claims import Claim
+from experiments.bench._lightning_report import by_heads
 from experiments.hybrids.recall import accuracy
 from experiments.ring_attention.max_context import PAPER as MAX_CONTEXT
 from experiments.ring_attention.max_context import longest
@@ -61,22 +63,18 @@ def lightning(rows: Sequence[Row]) -> Iterator[Line]:
 
 def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
     """Time per token at fixed batch and heads, as the length grows."""
-    timed = [r for r in rows if r["group"] in ("lengths", "full") and "both_ms" in r]
-    first: dict[int, Row] = {}
-    for r in timed:
-        heads = r["batch"] * r["heads"]
-        if first.setdefault(heads, r) is r:
-            continue
-        for key, name in (("forward", "forward"), ("both", "forward + backward")):
-            theirs, ours = (x[f"{key}_ns_per_token"] for x in (first[heads], r))
-            yield Line(
-                f"time per token, {name}, {heads} heads in all, {r['length']} tokens",
-                f"the same at {first[heads]['length']}",
-                f"{theirs:.1f} ns",
-                f"{ours:.1f} ns",
-                ours / theirs,
-                headline=r["platform"] == "cpu",
-            )
+    for heads, (first, *longer) in by_heads(rows).items():
+        for r, (key, name) in itertools.product(
+            longer, (("forward", "forward"), ("both", "forward + backward"))
+        ):
+            what = f"time per token, {name}, {heads} heads in all, {r['length']} tokens"
+            beside = f"the same at {first['length']}"
+            theirs, ours = (x.get(f"{key}_ns_per_token") for x in (first, r))
+            if ours is None:
+                yield Line(what, beside, "", f"not measured: {r['absent']}")
+                continue
+            shown = (f"{theirs:.1f} ns", f"{ours:.1f} ns")
+            yield Line(what, beside, *shown, ours / theirs, headline=r["platform"] == "cpu")
 
 
 def flash(rows: Sequence[Row]) -> Iterator[Line]:

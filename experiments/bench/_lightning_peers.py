@@ -2,13 +2,17 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
+
+FORWARD = ("q", "k", "v")
+INPUTS = (*FORWARD, "do")  # of forward + backward
 
 
 class Shape(NamedTuple):
@@ -21,22 +25,29 @@ class Shape(NamedTuple):
     dtype: Any = jnp.bfloat16
     decays: bool = True
 
-    def inputs(self) -> tuple[jax.Array, ...]:
-        """Random q, k, v, do and the log decays."""
-
-        @jax.jit
-        def draw():
-            keys = jax.random.split(jax.random.key(0), 4)
-            shape = (self.batch, self.length, self.heads, self.width)
-            return tuple(jax.random.normal(key, shape, self.dtype) for key in keys)
-
-        log_decay = alibi_log_decay(self.heads, 0, 1) * self.decays
-        return *draw(), log_decay
+    def inputs(self, names: Sequence[str] = INPUTS) -> dict[str, jax.Array]:
+        """Random q, k, v and do, as far as they are named, and the log decays."""
+        keys = dict(zip(INPUTS, jax.random.split(jax.random.key(0), len(INPUTS)), strict=True))
+        found = {name: draw(self, keys[name]) for name in names}
+        return found | {"log_decay": alibi_log_decay(self.heads, 0, 1) * self.decays}
 
     def megabytes(self, tensors: int) -> float:
         """Of so many arrays like q."""
         size = self.batch * self.length * self.heads * self.width
         return tensors * size * jnp.dtype(self.dtype).itemsize / 1e6
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw(shape: Shape, key: jax.Array) -> jax.Array:
+    """A normal array like q, by pieces: the bits of a whole one take several times its room."""
+    tokens = shape.batch * shape.length
+    piece = math.gcd(tokens, 16384)
+
+    def rows(key):
+        return jax.random.normal(key, (piece, shape.heads, shape.width), shape.dtype)
+
+    pieces = jax.lax.map(rows, jax.random.split(key, tokens // piece))
+    return pieces.reshape(shape.batch, shape.length, shape.heads, shape.width)
 
 
 class Calls(NamedTuple):
@@ -57,31 +68,37 @@ def lowerings(name: str, shape: Shape) -> list[Callable[[], jax.stages.Lowered]]
         return o, *pullback(do)
 
     def lower(function: Callable[..., Any], *args: str) -> jax.stages.Lowered:
-        types = dict(zip(INPUTS, jax.eval_shape(shape.inputs), strict=True))
+        types = jax.eval_shape(shape.inputs)
         with jax.enable_x64(exact):
             given = (types[arg] for arg in args)
             dtypes = [(x.shape, jnp.float64 if exact else x.dtype) for x in given]
             return jax.jit(function).lower(*(jax.ShapeDtypeStruct(*x) for x in dtypes))
 
     return [
-        functools.partial(lower, attend, "q", "k", "v", "log_decay"),
-        functools.partial(lower, both, *INPUTS),
+        functools.partial(lower, attend, *FORWARD, "log_decay"),
+        functools.partial(lower, both, *INPUTS, "log_decay"),
     ]
 
 
-def on(programs: Sequence[Any], q, k, v, do, log_decay) -> Calls:
-    """The two programs of `lowerings` bound to arrays; raises what compiling them raised."""
-    for program in programs:
-        if isinstance(program, BaseException):
+def on(programs: Sequence[Any], inputs: Mapping[str, jax.Array]) -> Calls:
+    """The two programs of `lowerings` bound to arrays; one that was refused raises its refusal."""
+
+    def bound(program: Any, names: Sequence[str]) -> Callable[[], Any]:
+        def refuse():
             raise program
+
+        if isinstance(program, BaseException):
+            return refuse
+        return functools.partial(program, *(inputs[name] for name in (*names, "log_decay")))
+
     forward, both = programs
-    return Calls(lambda: forward(q, k, v, log_decay), lambda: both(q, k, v, do, log_decay))
+    return Calls(bound(forward, FORWARD), bound(both, INPUTS))
 
 
-def float64(programs: Sequence[Any], inputs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def float64(programs: Sequence[Any], inputs: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
     """o, dq, dk, dv by the programs of `EXACT`."""
     with jax.enable_x64(True):
-        return on(programs, *(x.astype(jnp.float64) for x in inputs)).both()
+        return on(programs, {n: x.astype(jnp.float64) for n, x in inputs.items()}).both()
 
 
 def scan(q, k, v, log_decay) -> jax.Array:
@@ -110,11 +127,11 @@ def scan(q, k, v, log_decay) -> jax.Array:
     return jnp.moveaxis(o, 0, 1).reshape(v.shape)
 
 
-def of_fla(name: str, q, k, v, do, log_decay) -> Calls:
+def of_fla(name: str, inputs: Mapping[str, jax.Array]) -> Calls:
     """An operator of flash-linear-attention on the same memory; `name` as in `IMPLEMENTATIONS`."""
     torch = importlib.import_module("torch")
     function = getattr(importlib.import_module("fla.ops.simple_gla"), name.removeprefix("fla "))
-    q, k, v, do, gamma = (torch.from_dlpack(x) for x in (q, k, v, do, log_decay))
+    q, k, v, do, gamma = (torch.from_dlpack(inputs[n]) for n in (*INPUTS, "log_decay"))
 
     def forward():
         with torch.no_grad():
@@ -135,6 +152,5 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "scan": scan,
 }
 EXACT = "float64"
-INPUTS = ("q", "k", "v", "do", "log_decay")
 FLA = ("chunk_simple_gla", "fused_chunk_simple_gla", "fused_recurrent_simple_gla")
 IMPLEMENTATIONS = (*OPERATORS, *(f"fla {name}" for name in FLA))

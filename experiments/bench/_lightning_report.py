@@ -1,7 +1,8 @@
 """The lightning benchmark's rows as a table, a plot, and a judgement."""
 
 import importlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from longctx.figures import length_axis, tidy
 
 type Row = dict[str, Any]
 
+LENGTHS = ("lengths", "full")  # groups
 # From which length times per token may differ by so much: on an H100, and on a CPU in float32.
 FLAT = {"bfloat16": (16384, 1.05), "float32": (1024, 1.15)}
 
@@ -30,8 +32,10 @@ def table(rows: Sequence[Row]) -> str:
     }
     for row in rows:
         where = f"{row['group']} | {row['batch']} x {row['length']}, {row['heads']}"
-        if "absent" in row:
-            lines.append(f"| {where} | {row['implementation']} | absent: {row['absent']} | | | |")
+        if "both_ms" not in row:
+            forward = f"{row['forward_ms']:.3f}" if "forward_ms" in row else ""
+            reason = f"absent: {row['absent']}"
+            lines.append(f"| {where} | {row['implementation']} | {forward} | {reason} | | |")
             continue
         fla = rival.get((row["group"], row["batch"], row["length"]))
         ratio = fla and " / ".join(f"{row[n] / fla[n]:.2f}" for n in ("forward_ms", "both_ms"))
@@ -76,37 +80,53 @@ def claims(rows: Sequence[Row]) -> Iterator[Claim]:
     for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
         ratio = over(value(key, 1, 32768), value(key, 16, 2048))
         yield Claim(f"{name}, 16 heads in all over a full chip, 32768 tokens", ratio, 1.5)
-    for group in ("lengths", "full"):
-        measured = [r for r in rows if r["group"] == group and "both_ms" in r]
-        least, bound = FLAT[measured[0]["dtype"] if measured else "bfloat16"]
-        measured = [r for r in measured if r["length"] >= least]
-        ends = f"{least} to {measured[-1]['length']} tokens" if measured else group
-        heads = f"{measured[0]['batch'] * measured[0]['heads']} heads in all" if measured else ""
-        for key, name in (("forward", "forward"), ("both", "forward + backward")):
-            per_token = [r[f"{key}_ns_per_token"] for r in measured]
-            spread = max(per_token) / min(per_token) if len(per_token) > 1 else None
-            yield Claim(
-                f"largest over smallest time per token, {name}, {ends}, {heads}", spread, bound
-            )
+    yield from _flatness(by_heads(rows))
+
+
+def by_heads(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    """The rows of `LENGTHS` that were timed, from short to long, by heads in all."""
+    found: dict[int, list[Row]] = {}
+    for r in sorted(rows, key=lambda r: (r["batch"] * r["heads"], r["length"])):
+        if r["group"] in LENGTHS and "forward_ms" in r:
+            found.setdefault(r["batch"] * r["heads"], []).append(r)
+    return found
+
+
+def _flatness(rows: Mapping[int, Sequence[Row]]) -> Iterator[Claim]:
+    """The slowest over the fastest time per token, for each number of heads."""
+    what = "largest over smallest time per token"
+    if not rows:
+        yield Claim(what, None, FLAT["bfloat16"][1])
+    for heads, (key, name) in itertools.product(
+        rows, (("forward", "forward"), ("both", "forward + backward"))
+    ):
+        least, bound = FLAT[rows[heads][0]["dtype"]]
+        times = {r["length"]: r.get(f"{key}_ns_per_token") for r in rows[heads]}
+        times = {n: time for n, time in times.items() if time is not None and n >= least}
+        if len(times) > 1:
+            where = f"{name}, {least} to {max(times)} tokens, {heads} heads in all"
+            yield Claim(f"{what}, {where}", max(times.values()) / min(times.values()), bound)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Time per token against length, from the groups `lengths` and `full`."""
-    rows = [r for r in rows if r["group"] in ("lengths", "full") and "both_ms" in r]
-    if not rows:
+    """Time per token against length, from the groups `LENGTHS`."""
+    lines = by_heads(rows)
+    if not lines:
         return
     pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    for batch in sorted({row["batch"] for row in rows}):
-        for name, label in (("forward", "forward"), ("both", "forward + backward")):
-            points = [(r["length"], r[f"{name}_ns_per_token"]) for r in rows if r["batch"] == batch]
-            label = f"{label}, {batch} row{'s' if batch > 1 else ''}"
-            axes.plot(*np.transpose(points), marker="o", label=label)
-    length_axis(axes, sorted({row["length"] for row in rows}), "length, tokens")
+    for colour, (heads, measured) in enumerate(lines.items()):
+        for key, name, style in (("forward", "forward", "o-"), ("both", "with backward", "o--")):
+            timed = [r for r in measured if f"{key}_ms" in r]
+            points = [(r["length"], r[f"{key}_ns_per_token"]) for r in timed]
+            label = f"{heads} heads in all, {name}"
+            axes.plot(*np.transpose(points), style, color=f"C{colour}", label=label)
+    lengths = {row["length"] for measured in lines.values() for row in measured}
+    length_axis(axes, sorted(lengths), "length, tokens")
     tidy(axes)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("ns per token")
-    first = rows[0]
-    axes.set_title(f"{first['heads']} heads of {first['width']}, {first['dtype']}")
+    first = next(iter(lines.values()))[0]
+    axes.set_title(f"heads of {first['width']}, {first['dtype']}")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=150)

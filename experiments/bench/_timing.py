@@ -37,7 +37,8 @@ def time_ms(
     The calls of a batch are queued without waiting and the clock is read once they are all done,
     so that dispatch hides behind the device as long as a call takes the device longer (some
     20 us). `wait` blocks on a result; for another framework pass its own. CPUs queue nothing:
-    collectives of queued calls may wait for each other's threads. With `seconds` it is the least of
+    collectives of queued calls may wait for each other's threads. Nor are calls queued that are
+    a batch by themselves: their results may fill the memory. With `seconds` it is the least of
     the batches of so long a time: on a shared CPU other programs come and go, and only add.
     """
     queue = jax.default_backend() != "cpu"
@@ -53,7 +54,8 @@ def time_ms(
         wait(out)
         return (time.perf_counter() - start) * 1e3 / calls
 
-    calls = max(1, int(batch_ms / batch(3)))
+    alone = batch(1)
+    calls = max(1, int(batch_ms / (alone if alone > batch_ms / 2 else batch(3))))
     found, end = [batch(calls)], time.perf_counter() + seconds
     while len(found) < batches or time.perf_counter() < end:
         found.append(batch(calls))

@@ -3,9 +3,11 @@ r"""Lightning attention against its peers and against the byte floor of the devi
     python -m experiments.bench.lightning [--groups shapes lengths heads ...] [--out results/...]
 
 Groups: `shapes`, the four that targets are set for; `heads`, the same number of tokens per call
-with 256 to 16 heads in all; `lengths`, one row of 16 heads from 16K to 1M tokens;
-`full`, a chip full of heads (128 in all) from 4K to 128K; `worst`, few heads and no decay. Decays
-are ALiBi's slopes.
+with 256 to 16 heads in all; `lengths`, 1, 2 and 4 rows of 16 heads from 16K to 1M tokens;
+`full`, 8 rows from 4K to 128K; `worst`, few heads and no decay. Decays are ALiBi's slopes.
+
+The longest of `lengths` fill the memory: measure them in a process of their own. What the device
+has no room for, by the compiler's count, is named and left out.
 
 Off a GPU there is only `lengths`, smaller. There glibc returns results above 32 MB to the operating
 system, which clears the next ones page by page: a fifth of a forward pass. To time the operator
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # and takes nearly all if need be
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,9 @@ import jax.numpy as jnp
 from experiments.bench._claims import claims_table
 from experiments.bench._lightning_peers import (
     EXACT,
+    FORWARD,
     IMPLEMENTATIONS,
+    INPUTS,
     OPERATORS,
     Shape,
     float64,
@@ -60,13 +65,31 @@ def groups_for(platform: str) -> dict[str, list[Shape]]:
     if platform != "gpu":
         small = functools.partial(Shape, 1, heads=2, dtype=jnp.float32)
         return {"lengths": [small(1024 * n) for n in (1, 4, 16, 64)]}
+    lengths = [16384 * n for n in (64, 32, 16, 4, 1)]
     return {
         "shapes": [Shape(16, 2048), Shape(4, 8192), Shape(1, 32768), Shape(1, 131072)],
         "heads": [Shape(32768 // n, n) for n in (2048, 4096, 8192, 16384, 32768)],
         "worst": [Shape(1, 32768, decays=False)],
-        "lengths": [Shape(1, 16384 * n) for n in (1, 4, 16, 64)],
+        # The largest first: in the memory that it has taken all others find room.
+        "lengths": [Shape(rows, n) for n in lengths for rows in (4, 2, 1)],
         "full": [Shape(8, 4096 * n) for n in (1, 4, 16, 32)],
     }
+
+
+def bytes_needed(program: jax.stages.Compiled) -> int:
+    """Memory for its arguments, results and what lives between, by the compiler."""
+    memory = program.memory_analysis()
+    assert memory is not None, "CPU and GPU report it"
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+
+def fitted(program: Any) -> Any:
+    """A compiled program, or its refusal if the device has less memory than it needs."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None or isinstance(program, BaseException) or bytes_needed(program) <= limit:
+        return program
+    gigabytes = (f"{size / 1e9:.1f} GB" for size in (bytes_needed(program), limit))
+    return RuntimeError("needs {} of {} of memory".format(*gigabytes))
 
 
 def errors(results: Sequence[Any], wanted: Sequence[jax.Array]) -> dict[str, float]:
@@ -99,14 +122,15 @@ def measure(
     group: str, shape: Shape, programs: Mapping[str, Sequence[Any]], seconds: float
 ) -> Iterator[dict]:
     """One row for each implementation. `seconds`: see `time_ms`."""
-    inputs = shape.inputs()
+    fits = any(not isinstance(both, BaseException) for _, both in programs.values())
+    inputs = shape.inputs(INPUTS if fits else FORWARD)
     about = shape._asdict() | {"dtype": jnp.dtype(shape.dtype).name, "group": group}
     wanted = float64(programs[EXACT], inputs) if EXACT in programs else None
     tokens = shape.batch * shape.length
     for name in IMPLEMENTATIONS if group in BESIDE_PEERS else programs:
         row: dict[str, Any] = {**about, "implementation": name}
         try:
-            calls = on(programs[name], *inputs) if name in programs else of_fla(name, *inputs)
+            calls = on(programs[name], inputs) if name in programs else of_fla(name, inputs)
             for what, call in (("forward", calls.forward), ("both", calls.both)):
                 row[f"{what}_ms"] = time_ms(call, wait=calls.wait, seconds=seconds)
                 row[f"{what}_ns_per_token"] = row[f"{what}_ms"] * 1e6 / tokens
@@ -114,6 +138,7 @@ def measure(
                 row["errors"] = errors(calls.both(), wanted)
         except REFUSALS as reason:
             row["absent"] = f"{type(reason).__name__}: {str(reason)[:200]}"
+            reason.__traceback__ = None  # a refused program would keep the arrays alive with it
         yield row
 
 
@@ -150,9 +175,8 @@ def main() -> None:
     rate = 0.0
     plan = [(group, shape) for group in options.groups for shape in groups[group]]
     cases = [(*where, name) for where in plan for name in compiled_names(where[0])]
-    compiled = compile_all(
-        (lower for _, shape, name in cases for lower in lowerings(name, shape)), REFUSALS
-    )
+    every = (lower for _, shape, name in cases for lower in lowerings(name, shape))
+    compiled = [fitted(program) for program in compile_all(every, REFUSALS)]
     pairs = dict(zip(cases, zip(compiled[::2], compiled[1::2], strict=True), strict=True))
     for group, shape in plan:
         programs = {name: pairs[group, shape, name] for name in compiled_names(group)}

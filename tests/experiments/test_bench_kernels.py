@@ -2,12 +2,15 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.bench import _flash_report as flash_report
+from experiments.bench import _lightning_peers, flash, lightning
 from experiments.bench import _lightning_report as lightning_report
-from experiments.bench import flash, lightning
 from experiments.bench._claims import Claim, claims_table
+from longctx.device.programs import compile_all
 from longctx.provenance import read_rows
 
 TIMES = {"forward_ms": 1.0, "both_ms": 4.0, "forward_tflops": 500.0, "backward_tflops": 300.0}
@@ -64,6 +67,39 @@ def test_a_table_and_a_plot_of_rows_with_gaps(tmp_path):
     flash_report.plot(rows, tmp_path / "flash.jsonl")
     lightning_report.plot(lightning_rows(), tmp_path / "lightning.jsonl")
     assert {p.name for p in tmp_path.iterdir()} == {"flash.png", "lightning.png"}
+
+
+def test_flatness_is_judged_for_each_number_of_heads():
+    slow = {"forward_ns_per_token": 5.5}
+    rows = [
+        {**r, **slow} if (r["batch"], r["length"]) == (4, 1 << 20) else r for r in lightning_rows()
+    ]
+    flat = [c for c in lightning_report.claims(rows) if c.what.startswith("largest over smallest")]
+    assert len(flat) == 8  # 16, 32, 64 and 128 heads, forward and with the backward
+    (missed,) = (c for c in flat if c.verdict == "MISSED")
+    assert missed.what.endswith("forward, 16384 to 1048576 tokens, 64 heads in all")
+    assert missed.ratio == pytest.approx(1.1)
+
+
+def test_what_the_device_has_no_room_for_is_named(monkeypatch):
+    shape = _lightning_peers.Shape(1, 128, heads=2, width=16, dtype=jnp.float32)
+    compiled = compile_all(_lightning_peers.lowerings("ours", shape))
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": lightning.bytes_needed(compiled[0])}  # of the forward
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "devices", lambda: [Device()])
+        programs = [lightning.fitted(program) for program in compiled]
+    (row,) = lightning.measure("lengths", shape, {"ours": programs}, seconds=0.0)
+    assert row["forward_ms"] > 0 and "both_ms" not in row
+    assert row["absent"].startswith("RuntimeError: needs 0.0 GB of 0.0 GB")
+    alive = [x for x in jax.live_arrays() if x.shape == (1, 128, 2, 16)]
+    assert alive == [], "the memory is free for the next length"
+    lightning.add_floors([row], rate=1e9)
+    table = lightning_report.table([row])
+    assert f"| {row['forward_ms']:.3f} | absent: RuntimeError: needs" in table
 
 
 @pytest.mark.slow
