@@ -84,6 +84,7 @@ PAPERS: dict[str, list[Section]] = {
             "lightning",
             needs="two CPU cores",
         ),
+        experiment("transnormer/lightning_generations", lines.lightning_generations, "paper"),
         experiment("transnormer/training_speed", lines.training_speed, "paper"),
         experiment("transnormer/decoding", lines.decoding),
         experiment("transnormer/positional_encoding", lines.ablation),

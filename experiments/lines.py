@@ -9,6 +9,7 @@ from experiments.bench._lightning_report import by_heads
 from experiments.hybrids.recall import accuracy
 from experiments.ring_attention.max_context import PAPER as MAX_CONTEXT
 from experiments.ring_attention.max_context import longest
+from experiments.transnormer.lightning_generations import ns_per_token, published
 from experiments.transnormer.wikitext103 import PAPER_PERPLEXITY as WIKITEXT103
 from longctx.reproduce.ablation import compare
 
@@ -75,6 +76,24 @@ def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
                 continue
             shown = (f"{theirs:.1f} ns", f"{ours:.1f} ns")
             yield Line(what, beside, *shown, ours / theirs, headline=r["platform"] == "cpu")
+
+
+def lightning_generations(rows: Sequence[Row]) -> Iterator[Line]:
+    """Growth of the time per token with the length; LA2 beside the others, and as published."""
+    first, *_, last = sorted({r["length"] for r in rows})
+    at = {(r["operator"], r["length"]): r for r in rows}
+    for name in dict.fromkeys(r["operator"] for r in rows):
+        before, after = (ns_per_token(at[name, length]) for length in (first, last))
+        what = f"{name}, forward + backward, time per token, {last} tokens"
+        shown = (f"{before:.1f} ns", f"{after:.1f} ns")
+        yield Line(what, f"the same at {first}", *shown, after / before)
+    for (name, length), r in at.items():
+        ours, what = at["LA2", length], f"LA2, forward + backward, {r['batch']} x {length}"
+        if name != "LA2":
+            yield _ms(what, r, ours, "forward_backward_ms", name)
+        elif known := published(r):
+            theirs = {"forward_backward_ms": sum(known)}
+            yield _ms(what, theirs, ours, "forward_backward_ms", "published, on another GPU")
 
 
 def flash(rows: Sequence[Row]) -> Iterator[Line]:

@@ -53,7 +53,7 @@ from experiments.bench._lightning_peers import (
 )
 from experiments.bench._lightning_report import claims, plot, table
 from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
-from longctx.device.programs import compile_all
+from longctx.device.programs import bytes_needed, compile_all
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")
@@ -74,13 +74,6 @@ def groups_for(platform: str) -> dict[str, list[Shape]]:
         "lengths": [Shape(rows, n) for n in lengths for rows in (4, 2, 1)],
         "full": [Shape(8, 4096 * n) for n in (1, 4, 16, 32)],
     }
-
-
-def bytes_needed(program: jax.stages.Compiled) -> int:
-    """Memory for its arguments, results and what lives between, by the compiler."""
-    memory = program.memory_analysis()
-    assert memory is not None, "CPU and GPU report it"
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def fitted(program: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Compiling many programs, before the first of them is timed."""
+"""Compiling many programs, before the first of them is timed, and what they need."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,3 +33,10 @@ def compile_all(
             except refusals as refusal:
                 started.append(refusal)
         return [result(start) for start in started]
+
+
+def bytes_needed(program: jax.stages.Compiled) -> int:
+    """Memory for its arguments, results and what lives between, by the compiler."""
+    memory = program.memory_analysis()
+    assert memory is not None, "every backend that we have reports it"
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -10,7 +10,7 @@ from experiments.bench import _flash_report as flash_report
 from experiments.bench import _lightning_peers, flash, lightning
 from experiments.bench import _lightning_report as lightning_report
 from experiments.bench._claims import Claim, claims_table
-from longctx.device.programs import compile_all
+from longctx.device.programs import bytes_needed, compile_all
 from longctx.provenance import read_rows
 
 TIMES = {"forward_ms": 1.0, "both_ms": 4.0, "forward_tflops": 500.0, "backward_tflops": 300.0}
@@ -87,7 +87,7 @@ def test_what_the_device_has_no_room_for_is_named(monkeypatch):
 
     class Device:
         def memory_stats(self):
-            return {"bytes_limit": lightning.bytes_needed(compiled[0])}  # of the forward
+            return {"bytes_limit": bytes_needed(compiled[0])}  # of the forward
 
     with monkeypatch.context() as patched:
         patched.setattr(jax, "devices", lambda: [Device()])
