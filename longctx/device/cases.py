@@ -17,6 +17,7 @@ from pallas_kernels.flash_attention import block_backward, block_forward, flash_
 from pallas_kernels.lightning_attention import (
     alibi_log_decay,
     lightning_attention,
+    lightning_dstate,
     lightning_state,
     lightning_step,
 )
@@ -82,6 +83,7 @@ def _lightning_checks() -> list[Check]:
         check("lightning, two heads in all", _lightning, ((1, 128),) * 3),
         check("lightning, packed", functools.partial(_lightning, packed=True), same),
         check("lightning, final state alone", _final_state, same),
+        check("lightning, cotangent of the state alone", _dstate, same, gradients=False),
         check("lightning, decoding", _decode, same),
     ]
 
@@ -124,6 +126,11 @@ def _lightning(backend: str, q, k, v, log_decay, state, *, packed: bool = False)
 def _final_state(backend: str, q, k, v, log_decay, state) -> Any:
     del q
     return lightning_state(k, v, log_decay, state=state, backend=backend)
+
+
+def _dstate(backend: str, q, k, v, log_decay, state) -> Any:
+    del k, state
+    return lightning_dstate(q, v, log_decay, backend=backend)
 
 
 def _decode(backend: str, q, k, v, log_decay, state) -> Any:

@@ -12,13 +12,17 @@ from jaxtyping import Array, Float, Int
 
 from longctx.nn.cache import Cache
 from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.parallel.lasp import INCOMING
 from longctx.parallel.mesh import sequence_axis
 
 type Remat = Literal["none", "block", "dots"]
 
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "block": None,  # keep only what enters each period
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+_incoming = jax.checkpoint_policies.save_only_these_names(INCOMING)
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "block": _incoming,  # keep only what enters each period, from earlier layers and tokens
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _incoming, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
@@ -149,7 +153,8 @@ class Stack(nnx.Module):
     Args:
       segments: the layers, in order.
       remat: what the backward pass recomputes: "none"; "block", everything but the input of each
-        period; "dots", everything but that and the results of dense products.
+        period and the states that devices have exchanged; "dots", everything but these and the
+        results of dense products.
       unroll: compile every repeat on its own in calls without a cache: larger, may be faster.
     """
 

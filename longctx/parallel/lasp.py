@@ -19,15 +19,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.lightning_attention import lightning_attention, lightning_state
+from pallas_kernels.lightning_attention import (
+    lightning_attention,
+    lightning_dstate,
+    lightning_state,
+)
 
 Exchange = Literal["all_gather", "ring"]
+
+# Name, for rematerialisation policies, of the states with which runs begin. Where they are kept
+# (B H D E float32 per run) the backward pass does not exchange them again.
+INCOMING = "incoming_state"
 
 
 def context_lightning(
@@ -201,6 +210,7 @@ def _attend_fwd(call: _Call, q, k, v, log_decay, doc_start, documents):
             call, call.by_run(local), lambda source: _weights(call, rate, documents, mine, source)
         )
     )
+    state = checkpoint_name(state, INCOMING)
     o = lightning_attention(
         q, k, v, log_decay, state=state, doc_start=doc_start, backend=call.backend
     )
@@ -211,7 +221,7 @@ def _attend_bwd(call: _Call, saved, do):
     q, k, v, log_decay, doc_start, documents, state = saved
     mine = jnp.asarray(call.numbers())[lax.axis_index(call.axis)]
     rate = log_decay.astype(state.dtype)
-    local = _initial_cotangent(call, q, do, rate, doc_start)
+    local = lightning_dstate(q, do, log_decay, doc_start=doc_start, backend=call.backend)
 
     def weigh(source: Array) -> Array:  # the transpose: from the runs `source` back to mine
         return jnp.swapaxes(_weights(call, rate, documents, source, mine), 0, 1)
@@ -225,23 +235,6 @@ def _attend_bwd(call: _Call, saved, do):
         )  # fmt: skip
 
     return *jax.vjp(attend, q, k, v, log_decay)[1]((do, dfinal)), None, None
-
-
-def _initial_cotangent(
-    call: _Call, q: Array, do: Array, rate: Array, doc_start: Array | None
-) -> Float[Array, "Bn H D E"]:
-    """D_j = sum over the rows r = 1 .. h that see the initial state of exp(rate r) q_r do_r^T."""
-    rows = jnp.arange(1, call.run + 1, dtype=rate.dtype)
-    weight = jnp.exp(rows[:, None] * rate[None])[None, :, :, None]
-    if doc_start is not None:
-        weight = jnp.where((doc_start < 0)[:, :, None, None], weight, 0)
-    return jnp.einsum(
-        "BTHD,BTHE->BHDE",
-        (weight * q.astype(rate.dtype)).astype(q.dtype),
-        do,
-        precision="highest" if q.dtype == rate.dtype else None,
-        preferred_element_type=rate.dtype,
-    )
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -2,6 +2,7 @@
 
 from pallas_kernels.lightning_attention.api import (
     lightning_attention,
+    lightning_dstate,
     lightning_state,
     lightning_step,
 )
@@ -10,6 +11,7 @@ from pallas_kernels.lightning_attention.decay import alibi_log_decay, printed_lo
 __all__ = [
     "alibi_log_decay",
     "lightning_attention",
+    "lightning_dstate",
     "lightning_state",
     "lightning_step",
     "printed_log_decay",

@@ -135,6 +135,28 @@ def lightning_state(
     return _final_state(_Static(backend, spec), *arrays)
 
 
+def lightning_dstate(
+    q: Float[Array, "B T H D"],
+    do: Float[Array, "B T H E"],
+    log_decay: Float[Array, "H"],
+    *,
+    doc_start: Int[Array, "B T"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B H D E"]:
+    """What the cotangent `do` of the outputs of `lightning_attention` sends to its `state`.
+
+    Definition: sum over the tokens t = 0, 1, ... of the document that began before this array of
+    exp(log_decay)^(t+1) q_t do_t^T: `lightning_state` in reversed time. Reads only q and do. For
+    those who write backward passes: it has no derivative. Shapes, dtypes and errors as in
+    `lightning_attention`, `do` in the place of v.
+    """
+    arrays = _arrays(q, q, do, log_decay, None, doc_start)
+    spec = _check(*arrays)
+    _check_backend(backend, None, spec)
+    q, _, do, log_decay, _, doc_start = _unified(*arrays)
+    return _Static(backend, spec).call("initial_cotangent", q, do, log_decay, doc_start)
+
+
 def lightning_step(
     q: Float[Array, "B H D"],
     k: Float[Array, "B H D"],

@@ -105,6 +105,11 @@ class _Call:
         """What the segments add to the states."""
         return partial_states(directions, self.rate, self.doc_start, self.split, count)
 
+    def final(self, direction: Direction, state: Array | None) -> Array:
+        """`state` behind the last segment in the direction's order."""
+        (partial,) = self.partial([direction], self.split.segments)
+        return self.scan(direction, partial, state)[-1]
+
     def initial(self, *given: tuple[Direction, Array | None]) -> Sequence[Array | None]:
         """For each direction, the state with which every segment begins."""
         if self.split.segments == 1:
@@ -192,6 +197,17 @@ def final_state(
 ) -> Float[Array, "B H D E"]:
     """The state after the last token."""
     call = _Call.plan([v], k, v, log_decay, doc_start, tiles)
-    direction = Direction(*_rows(k, v), reverse=False)
-    (partial,) = call.partial([direction], call.split.segments)
-    return _cut_state(call.scan(direction, partial, state)[-1], k, v)
+    return _cut_state(call.final(Direction(*_rows(k, v), reverse=False), state), k, v)
+
+
+def initial_cotangent(
+    q: Float[Array, "B T H D"],
+    do: Float[Array, "B T H E"],
+    log_decay: Float[Array, "H"],
+    doc_start: Int[Array, "B T"] | None,
+    *,
+    tiles: GpuTiles | None = None,
+) -> Float[Array, "B H D E"]:
+    """What `do` sends to the initial state."""
+    call = _Call.plan([do], q, do, log_decay, doc_start, tiles)
+    return _cut_state(call.final(Direction(*_rows(q, do), reverse=True), None), q, do)

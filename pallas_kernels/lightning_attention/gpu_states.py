@@ -39,8 +39,10 @@ def partial_states(
     Only `count` segments: the last ones in each direction are left out. Chunks are taken from a
     segment's far end backwards: nothing is ever rescaled, and the chunks read last are the first
     that `sweep` will ask for. Chunks whose weights are all below 2^-48 vanish in float32 beside
-    the newest and are not read. What is left is little of most heads and much of those that decay
-    slowest, so blocks share a segment, and the last heads, ALiBi's slowest, start first.
+    the newest and are not read; where all segments are asked for, it is for the state behind the
+    last one, and the newest are those next to that. What is left is little of most heads and much
+    of those that decay slowest, so blocks share a segment, and the last heads, ALiBi's slowest,
+    start first.
     """
     (B, _, H, D), E = directions[0].b.shape, directions[0].c.shape[3]
     dtype = directions[0].c.dtype
@@ -57,7 +59,9 @@ def partial_states(
                 """The chunks of the segment, how many are ours, and where the n-th begins."""
                 segment = index + (split.segments - count if reverse else 0)
                 first, chunks = split.chunk_range(segment)
-                read = jnp.minimum(chunks, reach_ref[head])
+                behind = first if reverse else split.chunks - first - chunks
+                nearest = reach_ref[head] - (behind if count == split.segments else 0)
+                read = jnp.clip(nearest, 0, chunks)
                 skip, stop = (lax.div(read * p, PARTS) for p in (part, part + 1))
 
                 def position(n):

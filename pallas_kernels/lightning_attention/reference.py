@@ -5,6 +5,7 @@
 with S = 0 before the first token of each packed document.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -63,3 +64,23 @@ def final_state(
 ) -> Float[Array, "B H D E"]:
     """The state after the last token."""
     return fwd(jnp.zeros_like(k), k, v, log_decay, state, doc_start, tiles=tiles)[1]
+
+
+def initial_cotangent(
+    q: Float[Array, "B T H D"],
+    do: Float[Array, "B T H E"],
+    log_decay: Float[Array, "H"],
+    doc_start: Int[Array, "B T"] | None,
+    *,
+    tiles: None = None,
+) -> Float[Array, "B H D E"]:
+    """What `do` sends to the initial state."""
+    do = do.astype(state_dtype(q.dtype))
+    B, _, H, D = q.shape
+
+    def outputs(state):
+        return fwd(q, jnp.zeros_like(q), do, log_decay, state, doc_start, tiles=tiles)[0]
+
+    state = jnp.zeros((B, H, D, do.shape[-1]), do.dtype)
+    state = unify_varying(state, varying_axes(q, do, log_decay, doc_start))
+    return jax.vjp(outputs, state)[1](do)[0]

@@ -345,3 +345,25 @@ def final_state(
         name="lightning_state",
     )
     return final
+
+
+def initial_cotangent(
+    q: Float[Array, "B T H D"],
+    do: Float[Array, "B T H E"],
+    log_decay: Float[Array, "H"],
+    doc_start: Int[Array, "B T"] | None,
+    *,
+    tiles: TpuTiles | None = None,
+) -> Float[Array, "B H D E"]:
+    """What `do` sends to the initial state."""
+    _, (dinitial,) = _sweep(
+        (q, do),
+        (_Product(None, 0, 1),),
+        log_decay,
+        [],
+        doc_start,
+        reverse=True,
+        tiles=tiles,
+        name="lightning_dstate",
+    )
+    return dinitial

@@ -127,6 +127,10 @@ class _Call:
         """The state after the chunk."""
         return decays.carry * S + self.dot("BHjD,BHjE->BHDE", decays.key * k, v)
 
+    def previous_cotangent(self, decays: _Decays, dS, q, do):
+        """The cotangent of the state before the chunk, from that of the state after it."""
+        return decays.carry * dS + self.dot("BHiD,BHiE->BHDE", decays.query * q, do)
+
 
 def _put(whole: Float[Array, "B T H D"], rows: Float[Array, "B H C D"], position):
     rows = rows.swapaxes(1, 2).astype(whole.dtype)
@@ -195,7 +199,7 @@ def bwd(
         dk_rows += decays.key * call.dot("BHjE,BHDE->BHjD", vc, dS)
         dv_rows = call.dot("BHij,BHiE->BHjE", scores, doc)
         dv_rows += decays.key * call.dot("BHjD,BHDE->BHjE", kc, dS)
-        dS = decays.carry * dS + call.dot("BHiD,BHiE->BHDE", decays.query * qc, doc)
+        dS = call.previous_cotangent(decays, dS, qc, doc)
         return dS, _put(dk, dk_rows, position), _put(dv, dv_rows, position)
 
     _, dq = call.sweep(forwards, (call.state(state), call.empty(q)))
@@ -221,3 +225,21 @@ def final_state(
         return call.next_state(decays, S, kc, vc)
 
     return call.sweep(step, call.state(state))
+
+
+def initial_cotangent(
+    q: Float[Array, "B T H D"],
+    do: Float[Array, "B T H E"],
+    log_decay: Float[Array, "H"],
+    doc_start: Int[Array, "B T"] | None,
+    *,
+    tiles: XlaTiles | None = None,
+) -> Float[Array, "B H D E"]:
+    """What `do` sends to the initial state."""
+    call = _Call(q, do, log_decay, doc_start, tiles)
+
+    def step(decays, position, dS):
+        qc, doc = (call.take(x, decays, position) for x in (q, do))
+        return call.previous_cotangent(decays, dS, qc, doc)
+
+    return call.sweep(step, call.state(None), reverse=True)

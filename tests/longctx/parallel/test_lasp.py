@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longctx.nn.stack import REMAT_POLICIES
 from longctx.parallel import Layout, context_lightning, make_mesh
 from pallas_kernels.lightning_attention import lightning_attention
 from tests.harness import assert_close
@@ -129,6 +130,25 @@ def test_communication_is_independent_of_length(strategy):
     expected = {"all_gather": 2, "ring": 6}[strategy]  # forward and backward
     assert len(short) == expected
     assert all(re.match(state, shape) for shape, _ in short), short
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_states_are_not_exchanged_again(remat):
+    args, _ = operands()
+
+    def gradients(attend):
+        def loss(*args):
+            return jnp.sum(jnp.sin(attend(*args)))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile()
+
+    attend = functools.partial(context_lightning, layout="zigzag")
+    again = jax.checkpoint(attend, policy=REMAT_POLICIES[remat])
+    with jax.set_mesh(make_mesh(seq=4)):
+        plain, compiled, all_again = map(gradients, (attend, again, jax.checkpoint(attend)))
+        assert_close(compiled(*args), plain(*args), 1e-6)
+    counts = [x.as_text().count(" all-gather(") for x in (plain, compiled, all_again)]
+    assert counts == [2, 2, 3]
 
 
 def test_inside_a_users_own_shard_map():

@@ -9,7 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lightning_attention import lightning_attention, lightning_state
+from pallas_kernels.lightning_attention import (
+    lightning_attention,
+    lightning_dstate,
+    lightning_state,
+)
 
 # Relative RMS error against the float32 recurrence, for values, states and every gradient.
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 5e-3}
@@ -74,5 +78,15 @@ def final_state(backend: str) -> Callable[..., Any]:
 
     def run(k, v, log_decay, state=None, doc_start=None):
         return lightning_state(k, v, log_decay, state=state, doc_start=doc_start, backend=backend)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def initial_cotangent(backend: str) -> Callable[..., Any]:
+    """`lightning_dstate`, all arguments positional, jitted once."""
+
+    def run(q, do, log_decay, doc_start=None):
+        return lightning_dstate(q, do, log_decay, doc_start=doc_start, backend=backend)
 
     return jax.jit(run)

@@ -6,15 +6,28 @@ import io
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels._pallas import plgpu
-from pallas_kernels.lightning_attention import gpu, lightning_attention
+from pallas_kernels.lightning_attention import (
+    gpu,
+    lightning_attention,
+    lightning_dstate,
+    lightning_state,
+    reference,
+)
+from pallas_kernels.lightning_attention.gpu_states import NEGLIGIBLE
 from pallas_kernels.lightning_attention.tiles import GpuTiles, Spec, gpu_tiles
-from tests.harness import check_op
-from tests.pallas_kernels.lightning_attention.cases import Case, attend, final_state
+from tests.harness import assert_close, check_op
+from tests.pallas_kernels.lightning_attention.cases import (
+    Case,
+    attend,
+    final_state,
+    initial_cotangent,
+)
 from tests.ptxas import ptxas as ptxas
 from tests.topologies import gpu_mesh
 
@@ -82,6 +95,27 @@ def test_state_alone():
             wrt=(0, 1, 3),
             tolerance=TOLERANCE[case.dtype],
         )
+        q, _, do, log_decay, _ = case.draw()
+        args = (q, do, log_decay, case.documents())
+        got, wanted = (initial_cotangent(backend)(*args) for backend in ("gpu", "reference"))
+    assert_close(got, wanted, TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("length", [135, pytest.param(260, marks=pytest.mark.slow)])
+def test_states_alone_of_segments(length):
+    # The second head's decay hides the segments that are far from where the state is wanted.
+    case = small(length, heads=2)
+    q, k, v, log_decay, state = case.draw()
+    assert 64 * log_decay[1] < -NEGLIGIBLE * np.log(2) / 2
+    tiles = GpuTiles(segments=-(-length // 64), workers=2, stages=2)
+    for doc_start in (None, case.documents(every=length)):
+        with device():
+            final = gpu.final_state(k, v, log_decay, state, doc_start, tiles=tiles)
+            dstate = gpu.initial_cotangent(q, v, log_decay, doc_start, tiles=tiles)
+        wanted = reference.final_state(k, v, log_decay, state, doc_start)
+        assert_close(final, wanted, TOLERANCE[case.dtype])
+        wanted = reference.initial_cotangent(q, v, log_decay, doc_start)
+        assert_close(dstate, wanted, TOLERANCE[case.dtype])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU: too long to interpret")
@@ -126,7 +160,11 @@ def compile_for_h100(
             return lightning_attention(q, k, v, log_decay, **options)
 
         out, pullback = jax.vjp(run, q, k, v, state)
-        return out, pullback(cotangent)
+        alone = (
+            lightning_state(k, v, log_decay, doc_start=doc_start),
+            lightning_dstate(q, cotangent[0], log_decay, doc_start=doc_start),
+        )
+        return out, pullback(cotangent), alone
 
     def shape(spec, *sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
@@ -138,9 +176,8 @@ def compile_for_h100(
     log_decay = shape(P("tensor"), heads, dtype=jnp.float32)
     outs = (TOKENS, STATES)
     in_specs = (TOKENS, TOKENS, TOKENS, P("tensor"), STATES, P("data"), outs)
-    sharded = jax.shard_map(
-        gradients, mesh=mesh, in_specs=in_specs, out_specs=(outs, (TOKENS,) * 3 + (STATES,))
-    )
+    out_specs = (outs, (TOKENS,) * 3 + (STATES,), (STATES, STATES))
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     return jax.jit(sharded).lower(k, k, v, log_decay, state, documents, (v, state)).compile()
 
 
@@ -164,7 +201,7 @@ def test_compiles_for_h100(widths, length, packed, axis_type, dtype, ptxas):
     """Too much shared memory is an error; few registers are spilled; nothing is gathered."""
     compiled = compile_for_h100(widths, length, dtype, packed, axis_type)
     text = compiled.as_text()
-    assert text.count('custom_call_target="mosaic_gpu') >= 2
+    assert text.count('custom_call_target="mosaic_gpu') >= 4
     for kind in ("all-gather", "all-to-all", "all-reduce", "collective-permute", "while("):
         assert kind not in text, kind
     # Of one device: the states of at most 64 segments, and what pads ragged rows.

@@ -20,7 +20,13 @@ from pallas_kernels.lightning_attention import (
 )
 from pallas_kernels.lightning_attention.tiles import XlaTiles
 from tests.harness import assert_close, check_op
-from tests.pallas_kernels.lightning_attention.cases import TOLERANCE, Case, attend, final_state
+from tests.pallas_kernels.lightning_attention.cases import (
+    TOLERANCE,
+    Case,
+    attend,
+    final_state,
+    initial_cotangent,
+)
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -62,6 +68,22 @@ def test_state_alone(dtype, packed):
         wrt=range(4),
         tolerance=TOLERANCE[dtype],
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: d.__name__)
+def test_cotangent_of_the_state_alone(dtype, packed):
+    case = Case(130, dtype=dtype)
+    q, k, do, log_decay, state = case.draw()
+    documents = [case.documents()] if packed else []
+
+    def outputs(state):
+        return attend("reference")(q, k, do, log_decay, state, *documents)[0]
+
+    wanted = jax.vjp(outputs, state)[1](do)[0]
+    for backend in ("auto", "reference"):
+        got = initial_cotangent(backend)(q, do, log_decay, *documents)
+        assert_close(got, wanted, TOLERANCE[dtype])
 
 
 def test_float64():

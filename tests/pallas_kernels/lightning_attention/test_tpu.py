@@ -10,10 +10,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels._pallas import pl, pltpu
-from pallas_kernels.lightning_attention import lightning_attention, lightning_step
+from pallas_kernels.lightning_attention import (
+    lightning_attention,
+    lightning_dstate,
+    lightning_step,
+)
 from pallas_kernels.lightning_attention.tiles import TpuTiles, tpu_tiles
-from tests.harness import check_op
-from tests.pallas_kernels.lightning_attention.cases import TOLERANCE, Case, attend, final_state
+from tests.harness import assert_close, check_op
+from tests.pallas_kernels.lightning_attention.cases import (
+    TOLERANCE,
+    Case,
+    attend,
+    final_state,
+    initial_cotangent,
+)
 from tests.topologies import TPUS, gpu_mesh, tpu_mesh
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -59,6 +69,10 @@ def test_interpreted_state_alone():
             wrt=range(4),
             tolerance=1e-5,
         )
+        q, _, do, log_decay, _ = case.draw()
+        args = (q, do, log_decay, case.documents())
+        got, wanted = (initial_cotangent(backend)(*args) for backend in ("tpu", "reference"))
+    assert_close(got, wanted, 1e-5)
 
 
 def compile_gradient(generation, dtype, width=128, length=65536, backend="auto", **options):
@@ -80,11 +94,12 @@ def compile_gradient(generation, dtype, width=128, length=65536, backend="auto",
             )
 
         out, pullback = jax.vjp(of, q, k, v, state)
-        return out, pullback((do, dstate))
+        alone = lightning_dstate(q, do, log_decay, doc_start=doc_start, backend=backend)
+        return out, pullback((do, dstate)), alone
 
     tokens, states = P("data", None, "tensor"), P("data", "tensor")
     specs = (tokens, tokens, tokens, P("tensor"), states, P("data"), tokens, states)
-    outs = ((tokens, states), (tokens, tokens, tokens, states))
+    outs = ((tokens, states), (tokens, tokens, tokens, states), states)
     sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=True)
     q = (2, length, 4, width), dtype
     state = (2, 4, width, width), jnp.float32
@@ -98,7 +113,7 @@ def compile_gradient(generation, dtype, width=128, length=65536, backend="auto",
 
 def check_compiled(compiled, dtype, width=128, length=65536):
     text = compiled.as_text()
-    for kernel in ("lightning_forward", "lightning_dq", "lightning_dkv"):
+    for kernel in ("lightning_forward", "lightning_dq", "lightning_dkv", "lightning_dstate"):
         assert kernel in text, f"{kernel} is not in the program"
     for absent in ("while(", "all-gather", "all-to-all", "all-reduce"):
         assert absent not in text, f"{absent} is in the program"
