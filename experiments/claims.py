@@ -143,7 +143,13 @@ PAPERS: dict[str, list[Section]] = {
         experiment("tensorized/adaptation", lines.ablation),
     ],
     "Ring Attention (2310.01889)": [
-        experiment("ring_attention/max_context", lines.max_context, needs="the compilers alone"),
+        experiment("ring_attention/max_context", lines.max_context, "paper", needs="libtpu"),
+        experiment(
+            "ring_attention/max_context_gpu",
+            lines.max_context,
+            "paper",
+            needs="jax's CUDA plugin, ptxas",
+        ),
         *(
             bench(f"ring_{group}", title, claim, reader, f"ring --groups {group}", "two H100")
             for group, title, claim, reader in (

@@ -1,5 +1,7 @@
 """Hybrids and longest contexts: what is compared, how tables read, how the search goes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def test_the_search_ends_at_the_longest_context_that_fits(limit, tried, monkeypa
         )
 
     monkeypatch.setattr(max_context, "report_of", report_of)
-    (pod,) = max_context.PODS["small"]
+    pod = dataclasses.replace(max_context.V5E, first={"vanilla": 2048})
     found = list(max_context._search(pod, "vanilla", 4))
     assert [row["length"] for row in found] == tried
     (best,) = max_context.longest(found)
