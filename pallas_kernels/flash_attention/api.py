@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import _dispatch
@@ -123,8 +124,14 @@ def row_delta(
     do: Float[Array, "B T H E"],
     dlse: Float[Array, "B H T"],
 ) -> Float[Array, "B H T"]:
-    """rowsum(do * o) - dlse in the dtype of lse: what `block_backward` takes as `delta`."""
-    return jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
+    """rowsum(do * o) - dlse in the dtype of lse: what `block_backward` takes as `delta`.
+
+    Of `do` as it is rounded: XLA may hand on what it was before (`xla_allow_excess_precision`), and
+    where a row sees few keys, delta then no longer cancels the kernel's product of do and v.
+    """
+    rounded = jnp.finfo(do.dtype)
+    do = lax.reduce_precision(do.astype(lse.dtype), rounded.nexp, rounded.nmant)
+    return jnp.sum(do * o.astype(lse.dtype), -1).swapaxes(1, 2) - dlse
 
 
 def block_backward(

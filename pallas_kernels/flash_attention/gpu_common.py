@@ -54,7 +54,8 @@ def seen(
     layout = WGMMA.reduce(1 - row_axis)
     if visible is None:
         rows = plgpu.broadcasted_iota(jnp.int32, (shape[row_axis],), 0, layout=layout)
-        low, high = limits(spec, rows + row)
+        # Without causality or window they are constants, whose layout nothing else would tell.
+        low, high = (plgpu.layout_cast(x, layout) for x in limits(spec, rows + row))
     else:
 
         def read(ref: Any) -> jax.Array:

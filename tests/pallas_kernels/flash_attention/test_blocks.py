@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.flash_attention import Tiles, block_backward, block_forward, merge
+from pallas_kernels.flash_attention import (
+    Tiles,
+    block_backward,
+    block_forward,
+    merge,
+    row_delta,
+)
 from tests.harness import assert_close, pullback_of, random_like
 from tests.pallas_kernels.flash_attention.cases import definition, inputs, random_intervals
 
@@ -98,6 +104,20 @@ def test_narrow_inputs_are_not_rounded_between_blocks(how):
             lambda o, lse, options=options: block_backward(q, k, v, o, lse, lse, **options), o, lse
         )
         assert {x.dtype for x in gradients} == {jnp.dtype(dtype)}
+
+
+def test_delta_is_of_the_cotangent_as_rounded():
+    """A program that makes do itself must not sum what do was before its rounding."""
+    do, o = (jax.random.normal(jax.random.key(i), (1, 64, 2, 32)) for i in range(2))
+    zeros = jnp.zeros((1, 2, 64))
+
+    @jax.jit
+    def delta(do):
+        return row_delta(o, zeros, do.astype(jnp.bfloat16), zeros)
+
+    rounded = np.asarray(do.astype(jnp.bfloat16), np.float64)
+    want = (rounded * np.asarray(o)).sum(-1).swapaxes(1, 2)
+    np.testing.assert_allclose(delta(do), want, atol=1e-5)
 
 
 def test_merge_is_exact_and_differentiable():

@@ -52,6 +52,7 @@ class Call:
 
 CASES = {  # with the bytes that a thread of the worst kernel may spill
     "width 128, a million tokens": (Call(length=2**20), 300),
+    "width 64, all keys": (Call(64, options=(("causal", False),)), 300),
     "width 64, packed": (Call(64, packed=True, axis_type=AxisType.Explicit), 300),
     "width 96, float16": (Call(96, dtype=jnp.float16), 300),
     "width 128, packed, deterministic, Explicit": (

@@ -78,7 +78,7 @@ def test_packed_and_split():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", [None, SPLIT])
+@pytest.mark.parametrize("tiles", [None, GpuTiles(segments=2, workers=1, stages=2)])
 @pytest.mark.parametrize("widths", [(20, 128), (96, 192), (256, 128)])
 def test_widths(widths, tiles):
     case = one_head(260, heads=2, key_width=widths[0], value_width=widths[1])
