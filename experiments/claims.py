@@ -52,7 +52,7 @@ def experiment(
     first = re.split(r"(?<![. ])\.(?: |$)", claim)[0]
     return Section(
         title=re.split("[:.]", told)[0],
-        claim=f"{first} ({source}).",
+        claim=f"{first[0].upper()}{first[1:]} ({source}).",
         file=path.parent / "results" / f"{path.stem}-{scale}.jsonl",
         lines=reader,
         command=f"longctx reproduce {path} --scale {scale}",
@@ -67,14 +67,15 @@ PAPERS: dict[str, list[Section]] = {
             "Lightning attention",
             "Constant time per token at any length (2401.04658), faster than every peer.",
             lines.judged(lines.lightning, _lightning_report.claims),
-            "lightning",
+            "lightning --groups shapes heads worst",
         ),
         bench(
             "lightning_gpu_lengths",
             "Lightning attention by length",
             "Time per token does not depend on the length (2401.04658).",
             lines.judged(lines.lightning_lengths, _lightning_report.claims),
-            "lightning --groups heads lengths full",
+            "lightning --groups heads lengths full --out "
+            "experiments/bench/results/lightning_gpu_lengths.jsonl",
         ),
         bench(
             "lightning_cpu",
@@ -95,7 +96,12 @@ PAPERS: dict[str, list[Section]] = {
         experiment("transnormer/glu_activation", lines.ablation),
         experiment("transnormer/transformer", lines.ablation),
         experiment("transnormer/transformer_1b", lines.ablation),
-        experiment("transnormer/wikitext103", lines.wikitext103, "paper"),
+        experiment(
+            "transnormer/wikitext103",
+            lines.wikitext103,
+            "paper",
+            needs="one H100 for some hours; WikiText-103 and GPT-2's tokenizer in data/",
+        ),
     ],
     "Hybrids of lightning and softmax attention (2501.08313)": [
         experiment("hybrids/recall", lines.hybrids),

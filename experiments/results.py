@@ -1,13 +1,15 @@
 """RESULTS.md, and the table in README.md, from the committed rows: `python -m experiments.results`.
 
 Every number in them is read from a results file named in `experiments.claims`; claims whose rows
-are not there stand in one table with what it takes to measure them. With --check nothing is
+are not there stand in one table with what it takes to measure them, and results of the papers that
+nothing here repeats in another. With --check nothing is
 written, and the exit code says whether both files are up to date.
 """
 
 import argparse
 
 from experiments.claims import PAPERS, ROOT, Section
+from experiments.left_out import LEFT_OUT
 from experiments.lines import Line, Row
 from longctx.provenance import read_rows
 
@@ -18,7 +20,8 @@ INTRODUCTION = """# Results
 Made from the committed rows by `python -m experiments.results`; nothing is typed.
 A ratio is ours over theirs: times below 1, speeds above 1 are better. Where a paper's own number
 stands beside ours, the device differs; everything else was measured in one run on one machine.
-What was not measured yet is [listed at the end](#not-measured-yet), with the reason.
+At the end stand what was [not measured yet](#not-measured-yet), with what it takes, and what of the
+papers is [left out](#left-out), with the reason.
 """
 
 
@@ -35,10 +38,12 @@ def results() -> str:
             text += [f"### {section.title}\n", f"{section.claim}\n", *HEAD]
             text += [_shown(line) for line in section.lines(rows)]
             text += ["", _origin(rows[0], section) + "\n"]
-    text += ["## Not measured yet\n", "| what | claim | needs | command |", "|---|---|---|---|"]
+    text += ["## Not measured yet\n", "| what | claim | it takes | command |", "|---|---|---|---|"]
     for section in (s for sections in PAPERS.values() for s in sections if not s.is_measured):
         cells = (section.title, section.claim, section.needs, f"`{section.command}`")
         text.append(f"| {' | '.join(cells)} |")
+    text += ["", "## Left out\n", "| what | source | reason |", "|---|---|---|"]
+    text += [f"| {' | '.join(cells)} |" for cells in LEFT_OUT]
     return "\n".join(text) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Same-bucket causal pairs that are computed: all of them, against Reformer's fixed chunks.
 
-Claim (2306.01160, section 3): exact hash attention sees every pair of one bucket, Reformer's sorted
+Claim (2306.01160, text): exact hash attention sees every pair of one bucket, Reformer's sorted
 chunks of fixed size (own and previous one) a share that falls with the length.
 Command: longctx reproduce experiments/sparse_flash/coverage.py --scale paper
 Expected: ours 1 everywhere; chunks of 64 with 16 uniform buckets about 1.00, 0.90, 0.60, 0.34, 0.18

@@ -1,8 +1,8 @@
 """Lightning Attention-2 against Lightning Attention-1 and softmax attention, one call, by length.
 
-Claim (2401.04658, table of training speed, 0.4B, 2 x A100-80G): from 1K to 92K tokens models with
-LA2 keep their speed, 38615 to 38596 tokens/s, with LA1 fall from 41789 to 6012, LLaMA with
-FlashAttention-2 from 35931 to 4078; LA1 is the fastest up to 2K tokens, LA2 from 4K.
+Claim (2401.04658, table 1, 0.4B, 2 x A100-80G): from 1K to 92K tokens models with LA2 keep their
+speed, 38615 to 38596 tokens/s a GPU, with LA1 fall from 41789 to 6012, LLaMA with FlashAttention-2
+from 35931 to 4078; LA1 is the fastest up to 2K tokens, LA2 from 4K.
 Command: longctx reproduce experiments/transnormer/lightning_generations.py --scale paper
 Expected: time per token of LA2 flat, of the others growing with the length; memory linear for all.
 

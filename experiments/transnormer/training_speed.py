@@ -1,7 +1,7 @@
 """Training speed by sequence length: constant for TNL, falling for the softmax Transformer.
 
-Claim (2405.17381, table of training speed, 2 x A100-80G): TNL keeps some 38K tokens/s per GPU from
-1K to 92K tokens; LLaMA with FlashAttention-2 falls from 36K to 4K.
+Claim (2401.04658, table 1, 0.4B, 2 x A100-80G): TNL keeps some 38K tokens/s per GPU from 1K to 92K
+tokens; LLaMA with FlashAttention-2 falls from 36K to 4K.
 Command: longctx reproduce experiments/transnormer/training_speed.py --scale paper
 Expected: TNL flat within 5% from 1K to 128K tokens; the Transformer slower at every length
 beyond a few thousand tokens. Whole training steps of 131072 random tokens, whatever the length.
