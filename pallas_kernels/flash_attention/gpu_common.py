@@ -51,11 +51,13 @@ def seen(
     spec: Spec, visible: Visible | None, b, h, shape: tuple[int, int], row_axis: int, row, key
 ) -> jax.Array:
     """Which scores of a tile count; its first query row is `row`, its first key is `key`."""
+    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1 - row_axis, layout=WGMMA) + key
+    if visible is None and not spec.causal and spec.window is None:
+        return keys < spec.kv_length
     layout = WGMMA.reduce(1 - row_axis)
     if visible is None:
         rows = plgpu.broadcasted_iota(jnp.int32, (shape[row_axis],), 0, layout=layout)
-        # Without causality or window they are constants, whose layout nothing else would tell.
-        low, high = (plgpu.layout_cast(x, layout) for x in limits(spec, rows + row))
+        low, high = limits(spec, rows + row)
     else:
 
         def read(ref: Any) -> jax.Array:
@@ -63,7 +65,6 @@ def seen(
             return plgpu.load(ref.at[*at], layout=layout, optimized=False)
 
         low, high = read(visible.low), read(visible.high)
-    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1 - row_axis, layout=WGMMA) + key
     inside = keys < lax.broadcast_in_dim(high, shape, (row_axis,))
     if visible is not None or spec.window is not None:
         inside &= keys >= lax.broadcast_in_dim(low, shape, (row_axis,))
