@@ -217,10 +217,10 @@ PAPERS: dict[str, list[Section]] = {
         ),
         bench(
             "flash_gpu_errors",
-            "Flash attention over intervals: errors, and grouped heads",
-            "As exact as cuDNN. Other processes shared this GPU meanwhile.",
+            "Flash attention over intervals: errors",
+            "As exact as cuDNN.",
             lines.judged(lines.flash, _flash_report.claims),
-            "flash --groups errors gqa",
+            "flash --groups errors",
         ),
     ],
     "Pods": [
