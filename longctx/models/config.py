@@ -132,6 +132,7 @@ class ParallelConfig:
     strategy: Strategy = "auto"  # of softmax layers: `context_attention`
     states: Exchange = "all_gather"  # of lightning layers: `context_lightning`
     layout: Kind = "contiguous"  # order of tokens; zigzag balances causal attention
+    head_groups: int = 1  # rings over parts of the heads, one after another, to save memory
     ranks: int = 0  # of the layout, for "usp" (Ulysses inside a rank); 0: one per device
 
     @property

@@ -227,6 +227,7 @@ def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[st
         *heads,
         window=soft.window if kind == "window" else None,
         strategy=parallel.strategy,
+        head_groups=parallel.head_groups,
         layout=parallel.token_layout,
         **rotary,
         **shared,

@@ -37,7 +37,7 @@ class SelfAttention(nnx.Module):
       rope_scaling: stretches the frequencies for longer contexts.
       qk_norm: RMSNorm with weight on each head's q and k, before the rotation (2302.05442).
       window: how many tokens, itself included, a token sees; None: all.
-      strategy: how devices along `axes.seq` cooperate: `context_attention`.
+      strategy, head_groups: how devices along `axes.seq` cooperate: `context_attention`.
       layout: order of the tokens along `axes.seq`; positions must be given unless contiguous.
     """
 
@@ -55,6 +55,7 @@ class SelfAttention(nnx.Module):
         window: int | None = None,
         norm_eps: float = 1e-6,
         strategy: Strategy = "auto",
+        head_groups: int = 1,
         layout: Layout | Kind = "contiguous",
         std: float = INIT_STD,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -70,7 +71,7 @@ class SelfAttention(nnx.Module):
             raise ValueError(f"{rope_fraction=} of {head_dim=} must be an even number of features")
         self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.window, self.axes, self.dtype = window, axes, dtype
-        self.strategy, self.layout = strategy, layout
+        self.strategy, self.head_groups, self.layout = strategy, head_groups, layout
         self.cache_spec = P(axes.batch, axes.seq, axes.tensor, None)
         self.rope_base, self.rotated, self.rope_scaling = rope_base, rotated, rope_scaling
         kwargs = {
@@ -120,6 +121,7 @@ class SelfAttention(nnx.Module):
                 k,
                 v,
                 strategy=self.strategy,
+                head_groups=self.head_groups,
                 layout=self.layout,
                 window=self.window,
                 doc_start=doc_start,

@@ -44,6 +44,7 @@ def context_attention(
     doc_start: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
+    head_groups: int = 1,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -74,6 +75,8 @@ def context_attention(
       doc_start: position of the first token of each token's document, laid out as the tokens
         are (its values are positions, not slots); needs `causal`.
       scale, soft_cap, deterministic, backend: as in `flash_attention`.
+      head_groups: rings that run one after another, each over an equal part of the heads. Their
+        buffers take so much less memory, but kernels are shorter; needs "ring" or "usp".
       return_lse: whether to return (o, lse), lse float32 in natural log.
       axis: mesh axis along the sequence; None: it is not sharded.
       batch_axes: mesh axes along the batch, for global arrays.
@@ -99,6 +102,8 @@ def context_attention(
         raise ValueError(f"doc_start must be [B, T] = {q.shape[:2]}, got {doc_start.shape}")
     if window is not None and window < 1:
         raise ValueError(f"{window=} must be at least 1")
+    if head_groups < 1 or (head_groups > 1 and strategy not in ("ring", "usp")):
+        raise ValueError(f"{head_groups=} must be 1, or more with strategy='ring' or 'usp'")
     if not causal and (window is not None or doc_start is not None):
         raise ValueError("a window and doc_start need causal=True")
     devices, inside = sequence_axis(axis)
@@ -145,6 +150,7 @@ def context_attention(
         window=window,
         scale=scale,
         soft_cap=soft_cap,
+        head_groups=head_groups,
         deterministic=deterministic,
         backend=backend,
     )

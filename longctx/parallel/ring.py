@@ -18,10 +18,15 @@ one dq in place.
 `optimization_barrier` ties each arrival to the end of the compute that hides it, else XLA starts
 all moves at once and keeps all shards.
 
+The backward's buffers, mostly sums in float32, take several times the memory of a shard of q, k
+and v. With `head_groups` as many rings run one after another, each over some heads with smaller
+buffers, and write their gradients over the q, k and v of their heads.
+
 Sources: arXiv 2310.01889 (ring), 2307.08691 (block gradients from the global lse).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,6 +49,8 @@ def ring_attention(
     doc_start: Int[Array, "B T"] | None,
 ) -> Output:
     """Output and lse of this rank's queries over all ranks' keys; differentiable in q, k, v."""
+    if k.shape[2] % shards.head_groups:
+        raise ValueError(f"head_groups={shards.head_groups} must divide {k.shape[2]} key heads")
     args = q, k, v, doc_start
     q, k, v, doc_start = unify_varying(args, varying_axes(*args) | {shards.axis})
     if shards.hops > 1:
@@ -55,10 +62,65 @@ def ring_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None) -> Output:
-    return _forward(shards, q, _pair(k, v), doc_start, k.shape[-1])
+    return _ring_fwd(shards, q, k, v, doc_start)[0]
 
 
-def _forward(shards: Shards, q: Array, kv: Array, doc_start: Array | None, width: int) -> Output:
+def _ring_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
+    kv, (batch, length, heads, width) = _pair(k, v), q.shape
+    # Tied to this call, else XLA keeps one copy of the zeros over all layers' calls.
+    zero, q = lax.optimization_barrier((jnp.zeros((), q.dtype), q))
+    o = jnp.full((batch, length, heads, v.shape[-1]), zero)
+    lse = jnp.full((batch, heads, length), zero, jnp.promote_types(q.dtype, jnp.float32))
+    o, lse = _by_groups(
+        shards.head_groups,
+        functools.partial(_forward, shards, doc_start, width),
+        unify_varying((o, lse), varying_axes(q)), q, kv,
+    )  # fmt: skip
+    return (o, lse), (q, kv, doc_start, o, lse)
+
+
+def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
+    q, kv, doc_start, o, lse = saved
+    # Gradients take the place of what they are of, which nothing needs after them.
+    dq, dkv = _by_groups(
+        shards.head_groups,
+        functools.partial(_backward, shards, doc_start),
+        (q, kv), o, lse, *cotangents,
+    )  # fmt: skip
+    return dq, *_unpair(dkv, q.shape[-1]), None
+
+
+_ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+def _by_groups[Tree](
+    groups: int, function: Callable[..., Tree], into: Tree, *others: Array
+) -> Tree:
+    """`function(into, *others)` for one group of heads after another; it overwrites `into`.
+
+    Every array has its heads along the last axis but one.
+    """
+    if groups == 1:
+        return function(into, *others)
+
+    def take(x: Array, group: Array) -> Array:
+        size = x.shape[-2] // groups
+        return lax.dynamic_slice_in_dim(x, group * size, size, axis=x.ndim - 2)
+
+    def put(x: Array, part: Array, group: Array) -> Array:
+        start = group * part.shape[-2]
+        return lax.dynamic_update_slice_in_dim(x, part, start, axis=x.ndim - 2)
+
+    def step(group: Array, into: Tree) -> Tree:
+        parts = jax.tree.map(lambda x: take(x, group), (into, *others))
+        return jax.tree.map(lambda x, part: put(x, part, group), into, function(*parts))
+
+    return lax.fori_loop(0, groups, step, into)
+
+
+def _forward(
+    shards: Shards, doc_start: Array | None, width: int, _: Output, q: Array, kv: Array
+) -> Output:
     batch, mask, carry = q.shape[0], shards.own_block(q.shape[0], doc_start), None
     for hop in range(1, shards.hops):
         arriving = lax.ppermute(kv, shards.axis, shards.shift(1))
@@ -71,15 +133,17 @@ def _forward(shards: Shards, q: Array, kv: Array, doc_start: Array | None, width
     )
 
 
-def _ring_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
-    kv, width = _pair(k, v), k.shape[-1]
-    o, lse = _forward(shards, q, kv, doc_start, width)
-    return (o, lse), (q, kv, doc_start, o, lse)
-
-
-def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
-    q, own, doc_start, o, lse = saved
-    do, dlse = cotangents
+def _backward(
+    shards: Shards,
+    doc_start: Array | None,
+    queries_and_keys: tuple[Array, Array],
+    o: Array,
+    lse: Array,
+    do: Array,
+    dlse: Array,
+) -> tuple[Array, Array]:
+    """The gradients of q and of k and v, paired as they are in `queries_and_keys`."""
+    q, own = queries_and_keys
     batch, width = q.shape[0], q.shape[-1]
     # Else XLA may keep what arrived in the forward for the backward: a second shard of keys.
     own, do, lse = lax.optimization_barrier((own, do, lse))
@@ -105,11 +169,8 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
     if middle:
         dq, *early = gradients(dq, own, local, slice(middle))
         late = [jnp.concatenate(x, 1) for x in zip(early, late, strict=True)]
-    dk, dv = (x + y for x, y in zip(_unpair(home, width), late, strict=True))
-    return dq.astype(q.dtype), dk.astype(q.dtype), dv.astype(q.dtype), None
-
-
-_ring.defvjp(_ring_fwd, _ring_bwd)
+    dkv = (x + y for x, y in zip(_unpair(home, width), late, strict=True))
+    return dq.astype(q.dtype), _pair(*(x.astype(q.dtype) for x in dkv))
 
 
 def _gradients(

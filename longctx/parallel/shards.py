@@ -29,6 +29,7 @@ class Shards:
     window: int | None = None
     scale: float | None = None
     soft_cap: float | None = None
+    head_groups: int = 1  # of a ring
     deterministic: bool = False
     backend: str = "auto"
 

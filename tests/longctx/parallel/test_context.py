@@ -73,6 +73,7 @@ CASES = {
     "ring, zigzag, packed, window": ("ring", Layout("zigzag", 4), {"window": 9, "cuts": 3}),
     "ring, contiguous, window": ("ring", Layout("contiguous", 4), {"window": 10}),
     "ring, striped, packed": ("ring", Layout("striped", 4), {"cuts": 2}),
+    "ring, head groups, packed": ("ring", Layout("zigzag", 4), {"head_groups": 2, "cuts": 2}),
     "ring, not causal": ("ring", Layout("zigzag", 4), {"causal": False}),
     "ring, layout of fewer ranks": ("ring", Layout("zigzag", 2), {}),
     "all_gather, zigzag, packed": ("all_gather", Layout("zigzag", 4), {"cuts": 3}),
@@ -102,11 +103,12 @@ SLOW = (
 def test_four_devices_equal_one(name):
     strategy, layout, options = CASES[name]
     options = dict(options)
-    cuts = options.pop("cuts", 0)
+    cuts, groups = options.pop("cuts", 0), options.pop("head_groups", 1)
     options["doc_start"] = documents(1, 32, cuts) if cuts else None
     args, cotangents = operands()
     want = exact(args, cotangents, **options)
-    got = sharded(args, cotangents, layout, 4, strategy=strategy, backend="reference", **options)
+    options |= {"strategy": strategy, "head_groups": groups}
+    got = sharded(args, cotangents, layout, 4, backend="reference", **options)
     assert max(errors(got, want)) < 5e-7
 
 
@@ -120,14 +122,16 @@ def test_production_blocks_heads_on_tensor_batch_on_data():
     assert_close(got, exact(args, cotangents, **options), 1e-6)
 
 
-@pytest.mark.parametrize(("devices", "length", "kv_heads"), [(2, 10, 1), (4, 4, 4)])
-def test_stacked_messages_and_halves_of_the_keys(devices, length, kv_heads):
+@pytest.mark.parametrize(
+    ("devices", "length", "kv_heads", "head_groups"), [(2, 10, 1, 1), (4, 4, 4, 1), (2, 8, 4, 4)]
+)
+def test_stacked_messages_and_halves_of_the_keys(devices, length, kv_heads, head_groups):
     """Keys as wide as values; five of each device's own, cut into halves, and one, which is not."""
     args, cotangents = operands(batch=2, length=length, kv_heads=kv_heads, value_width=8)
     start = documents(2, length, 2)
     got = sharded(
         args, cotangents, Layout("contiguous", devices), devices, doc_start=start,
-        strategy="ring", backend="reference",
+        strategy="ring", backend="reference", head_groups=head_groups,
     )  # fmt: skip
     assert max(errors(got, exact(args, cotangents, doc_start=start))) < 5e-7
 
@@ -308,6 +312,12 @@ def test_errors_come_before_any_collective():
             "fewer than 4 ranks": {"strategy": "usp", "head_axis": None},
             "must be a multiple of 12": {"strategy": "ulysses", "head_axis": None},
             "the 2 devices along head_axis='tensor'": {"heads": 3},
+            "head_groups=2 must be 1": {"head_groups": 2, "strategy": "all_gather"},
+            "head_groups=2 must divide 3": {
+                "head_groups": 2,
+                "strategy": "ring",
+                "head_axis": None,
+            },
             "need causal=True": {"causal": False, "doc_start": start},
         }.items():
             options = dict(options)

@@ -120,6 +120,21 @@ def test_ring_on_h100(devices):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("chip", "devices"), [("h100", 2), ("h100", 4), ("v5e", 4)])
+def test_rings_of_few_heads_need_less_memory(chip, devices):
+    """Their moves are hidden as those of all heads are."""
+    together, one_by_one = (
+        compile_for(devices_for(chip, devices), operator, local=8192, heads=8)
+        for operator in (RING, functools.partial(RING, head_groups=8))
+    )
+    overlap = verify_overlap(one_by_one)
+    assert_ring_is_hidden(overlap, devices)
+    assert {move.times for move in overlap.moves} == {8}
+    few, many = (x.memory_analysis().temp_size_in_bytes for x in (one_by_one, together))
+    assert few <= 0.35 * many
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "h100"])
 def test_temporary_memory_does_not_grow_with_the_number_of_devices(chip, backward):
