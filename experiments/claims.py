@@ -223,6 +223,16 @@ PAPERS: dict[str, list[Section]] = {
             "flash --groups errors",
         ),
     ],
+    "Every kernel on a device": [
+        Section(
+            "Checks on an H100",
+            "Every feature of both kernel families is right on the device itself.",
+            Path("experiments/bench/results/check_device_h100.jsonl"),
+            lines.checked,
+            "longctx check-device",
+            needs="one H100",
+        ),
+    ],
     "Pods": [
         Section(
             "Training steps for pods, compiled ahead of time",

@@ -1,6 +1,7 @@
 """How committed rows are read as comparisons: one function per kind of results file."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,23 @@ def lightning(rows: Sequence[Row]) -> Iterator[Line]:
             yield _ms(f"{name}, {where}", fla, ours, key, "fla chunk_simple_gla", headline)
         floor = {"forward_ms": ours["forward_floor_ms"]}
         yield _ms(f"forward, {where}", floor, ours, "forward_ms", "byte floor")
+
+
+def checked(rows: Sequence[Row]) -> Iterator[Line]:
+    """How many checks of every dtype are right, and their worst errors."""
+    for dtype in dict.fromkeys(r["dtype"] for r in rows):
+        some = [r for r in rows if r["dtype"] == dtype]
+        right = sum(r["right"] for r in some)
+        worst = [
+            max((r[key] for r in some if r.get(key) is not None), default=math.nan)
+            for key in ("error", "gradient_error")
+        ]
+        yield Line(
+            f"{len(some)} checks against definitions in float64, {dtype}",
+            f"relative errors of at most {some[0]['tolerance']:g}",
+            "",
+            f"{right} right; worst {worst[0]:.1e}, of gradients {worst[1]:.1e}",
+        )
 
 
 def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
