@@ -156,7 +156,7 @@ def _sharded(
         last = call.split(doc_start)[:, -1].reshape(-1, call.runs)
         gathered = lax.all_gather(last, call.axis).swapaxes(1, 2)  # [P, n, B]
         order = np.argsort(call.numbers().reshape(-1))
-        documents = gathered.reshape(-1, gathered.shape[2])[order]
+        documents = checkpoint_name(gathered.reshape(-1, gathered.shape[2])[order], INCOMING)
         starts = jnp.tile(mine * call.run, q.shape[0])[:, None]
         doc_start = call.split(doc_start) - starts
     arrays = (*map(call.split, (q, k, v)), log_decay, doc_start, documents)
@@ -182,7 +182,7 @@ def _exchange(call: _Call, local: Float[Array, "n B H D E"], weigh) -> Float[Arr
     numbers = jnp.asarray(call.numbers())
 
     def weighted(source: Array, states: Array) -> Array:
-        return jnp.einsum("nmBH,mBHDE->nBHDE", weigh(source), states, precision="highest")
+        return jnp.sum(weigh(source)[..., None, None] * states[None], axis=1)
 
     if call.strategy == "all_gather":
         states = lax.all_gather(local, call.axis, tiled=True)

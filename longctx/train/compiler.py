@@ -17,9 +17,18 @@ PRODUCTS_MOVE = {
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
 OPTIONS = {"TPU v5": SPARSE_CORES_MOVE, "TPU v5 lite": PRODUCTS_MOVE}
+# By default XLA copies a GPU's gradients of a layer into one buffer, to sum them together once the
+# last is known, and lets one collective start only after the one before has ended. Apart, each sum
+# starts with its own gradient, and moves of a ring need not wait for one another.
+GPU = {
+    "xla_gpu_all_reduce_combine_threshold_bytes": str(2**20),
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+}
 
 
 def compiler_options() -> dict[str, str]:
     """Options for the devices of the mesh in use, as `jax.jit` takes them."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return {} if device is None else OPTIONS.get(device.device_kind, {})
+    if device is None:
+        return {}
+    return GPU if device.platform == "gpu" else OPTIONS.get(device.device_kind, {})
