@@ -173,6 +173,13 @@ PAPERS: dict[str, list[Section]] = {
                     lines.ring_training,
                 ),
                 (
+                    "methods",
+                    "Longest sequences by method, trained on",
+                    "Every method trains on longer sequences than the one before it, the ring on "
+                    "as many times longer ones as there are devices (2310.01889, table 3).",
+                    lines.ring_methods,
+                ),
+                (
                     "longest",
                     "Longest sequences over devices",
                     "Two devices train on twice the length of one.",

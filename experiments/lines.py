@@ -215,6 +215,24 @@ def ring_longest(rows: Sequence[Row]) -> Iterator[Line]:
             yield Line(what, "one device", *shown, r["length"] / first, r["ran"])
 
 
+def ring_methods(rows: Sequence[Row]) -> Iterator[Line]:
+    """The longest sequence of every method beside that of the method before it."""
+    before: Row | None = None
+    for r in rows:
+        what = f"longest sequence that trains, {r['method']}, {r['devices']} devices"
+        what += f" of {r['memory_bytes'] / 1e9:.0f} GB"
+        if not r["ran"]:
+            yield Line(what, "", "", f"not measured: {r['failed']}")
+            continue
+        ours = f"{'at least ' if r['longer_may_fit'] else ''}{r['length']:,} tokens"
+        if before is None or before["devices"] != r["devices"]:
+            yield Line(what, "", "", ours)
+        else:
+            theirs = f"{before['length']:,} tokens"
+            yield Line(what, before["method"], theirs, ours, r["length"] / before["length"])
+        before = r
+
+
 def _shape(r: Row) -> tuple[Any, ...]:
     return r["length"], r["heads"], r["kv_heads"], r["which"]
 

@@ -7,8 +7,9 @@ import pytest
 
 from experiments import lines
 from experiments.bench.ring import __main__ as command
-from experiments.bench.ring import attention, schedule
+from experiments.bench.ring import attention, methods, schedule
 from experiments.bench.ring.programs import Case
+from experiments.ring_attention.max_context import METHODS
 from longctx.provenance import read_rows
 
 
@@ -145,3 +146,24 @@ def test_a_part_has_all_of_the_moves_or_none(which):
 
     assert moves("communication") == moves("full") > 2
     assert moves("compute") == 0
+
+
+def test_the_longest_length_lies_between_two_probes():
+    quadratic = {n: n * n for n in (64, 128, 256, 512)}
+    assert methods.longest(quadratic, 128**2) == 128
+    assert methods.longest(quadratic, 200**2) == 128 + 3 * 16  # the chord says 176.9
+    assert methods.longest(quadratic, 512**2) == 512
+    assert methods.longest(quadratic, 1) == 64
+
+
+@pytest.mark.slow
+def test_methods_are_tried(monkeypatch, tmp_path):
+    what = ("--groups", "methods", "--devices", 1, 2, "--memory", 5e6, "--smoke")
+    assert run(monkeypatch, command, *what, "--out", tmp_path) == 0
+    rows = read_rows(tmp_path / "ring_methods.jsonl")
+    assert [(row["devices"], row["method"]) for row in rows] == [
+        (n, m) for n in (1, 2) for m in METHODS if (m, n) != ("ring", 1)
+    ]
+    assert all(row["ran"] and row["bytes"] <= row["memory_bytes"] for row in rows)
+    found = list(lines.ring_methods(rows))
+    assert [line.ratio is None for line in found] == [True, False, False, True, False, False, False]

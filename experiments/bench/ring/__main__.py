@@ -8,9 +8,11 @@ Groups, the most telling first:
               them "auto" picks, with a chart
   training    TNL and the softmax Transformer of 385M parameters: tokens per second and device of
               whole training steps, at lengths per device
+  methods     the longest sequence on which the softmax Transformer trains with vanilla, memory-
+              efficient and blockwise attention, and by the ring
   longest     the largest total length that the same models train on. A softmax step that fills a
               large device takes a quarter of an hour: XLA_PYTHON_CLIENT_MEM_FRACTION=0.15 makes
-              small devices of them (rows say how much memory there was)
+              small devices of them, for methods too (rows say how much memory there was)
 
 The devices are the first 1, 2, 4, 8 that are there. Errors against float64 come last in a group, at
 its shortest length. Each group writes its rows, each at once, to NAME_GROUP.jsonl. `--xla
@@ -27,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.bench.ring import attention, training
+from experiments.bench.ring import attention, methods, training
 from experiments.bench.ring.chart import draw_chart
 from experiments.bench.ring.programs import STRATEGIES, heads_pair
 from longctx.provenance import read_rows, write_rows
@@ -47,6 +49,7 @@ GROUPS = {
     "ideal": Group(attention.measure_ideal, attention.shown),
     "strategies": Group(attention.measure_strategies, attention.shown),
     "training": Group(training.measure, training.shown),
+    "methods": Group(methods.measure, methods.shown),
     "longest": Group(training.measure_longest, training.shown_longest),
 }
 
