@@ -10,8 +10,8 @@ The training step is compiled ahead of time, and the compiler says what memory i
 doubles until that is more than a device has. As in the paper: data-parallel shards of parameters
 and optimizer, whole layers recomputed, no tensor parallelism, every sequence on as few devices as
 the method allows; the ring has blockwise feed-forward layers too. Ours: AdamW in float32 with
-bfloat16 products, and for the ring parameters are split over 16 devices and each sequence over
-the others.
+bfloat16 products. In the paper parameters and sequences are split over the same devices; here for
+the ring parameters are over 16 and each sequence over the others, hence over fewer.
 """
 
 import contextlib
