@@ -49,7 +49,8 @@ class Embedding(nnx.Module):
     """A table [V, M] of vectors, looked up by integer.
 
     The devices along `fsdp` look up their columns for the tokens of all of them, and then swap
-    columns for tokens: neither the table nor its gradient is ever whole on one device.
+    columns for tokens: neither the table nor its gradient is ever whole on one device. Along `seq`
+    they sum their tables' gradients or, if tokens are fewer than rows, swap those of the tokens.
     """
 
     def __init__(
@@ -65,14 +66,17 @@ class Embedding(nnx.Module):
     ):
         init = jax.nn.initializers.normal(std)
         self.table = parameter(init, (rows, width), param_dtype, (axes.tensor, axes.fsdp), rngs)
-        shared = tuple(name for name in axes.batch if name != axes.fsdp)
-        self.columns = P(shared, axes.seq, axes.fsdp)
+        self.shared = tuple(name for name in axes.batch if name != axes.fsdp)
+        self.axes = axes
         self.dtype = dtype
 
     def __call__(self, index: Int[Array, "*rows"]) -> Float[Array, "*rows M"]:
         """Rows of the table in the compute dtype."""
         # Rows are rounded after the look-up, so that a frequent token's gradient, the sum over
         # all its occurrences, is taken in the parameters' dtype.
-        everyone = place(index, P(*self.columns[:-1]))
-        rows = jnp.take(self.table[...], everyone, axis=0, mode="clip")
-        return place(rows, self.columns).astype(self.dtype)
+        columns = P(self.shared, self.axes.seq, self.axes.fsdp)
+        few = index.size < self.table.shape[0]
+        everyone = P(self.shared, None, self.axes.fsdp) if few else columns
+        index = place(index, P(*everyone[:-1]))
+        rows = place(jnp.take(self.table[...], index, axis=0, mode="clip"), everyone)
+        return gather(rows.astype(self.dtype), everyone, columns)
