@@ -153,24 +153,28 @@ def _backward(
 
     arriving = lax.ppermute(own, shards.axis, shards.shift(1))
     # Later keys first: few rows see them, and keys are a smaller message than their gradients.
-    dq, *late = gradients(None, own, local, slice(middle, None))
+    dq, late = gradients(None, own, local, slice(middle, None))
     kv, dq, late = lax.optimization_barrier((arriving, dq, late))
     message = total = None
     for hop in range(1, shards.hops):
         leaving = _join(kv if hop + 1 < shards.hops else None, total, message)
         arriving = None if leaving is None else lax.ppermute(leaving, shards.axis, shards.shift(1))
-        dq, *dkv = gradients(dq, kv, shards.block(hop, batch, doc_start))
+        dq, dkv = gradients(dq, kv, shards.block(hop, batch, doc_start))
         # The message as it arrives: its parts could be taken out before the block is computed.
         message, dq, dkv = lax.optimization_barrier((arriving, dq, dkv))
         kv, moved, message = _split(message, kv, total)
-        total = _pair(*dkv) if moved is None else moved + _pair(*dkv)
+        total = dkv if moved is None else moved + dkv
     total, own = lax.optimization_barrier((total, own))  # the early keys wait for the move
     home = lax.ppermute(total, shards.axis, shards.shift(1 - shards.hops))
+    parts = [_unpair(late, width)]
     if middle:
-        dq, *early = gradients(dq, own, local, slice(middle))
-        late = [jnp.concatenate(x, 1) for x in zip(early, late, strict=True)]
-    dkv = (x + y for x, y in zip(_unpair(home, width), late, strict=True))
-    return dq.astype(q.dtype), _pair(*(x.astype(q.dtype) for x in dkv))
+        dq, early = gradients(dq, own, local, slice(middle))
+        parts.insert(0, _unpair(early, width))
+    dkv = (
+        (arrived + jnp.concatenate(here, 1)).astype(q.dtype)
+        for arrived, *here in zip(_unpair(home, width), *parts, strict=True)
+    )
+    return dq.astype(q.dtype), _pair(*dkv)
 
 
 def _gradients(
@@ -181,8 +185,8 @@ def _gradients(
     kv: Array,
     mask: dict[str, Any],
     keys: slice = slice(None),
-) -> tuple[Array, Array, Array]:
-    """`dq` and what some keys of a block add to it, and their dk and dv; all in float32.
+) -> tuple[Array, Array]:
+    """`dq` and what some keys of a block add to it, and their dk and dv, paired; in float32.
 
     `rows` is all that the backward needs to know of the queries: (q, do, lse, delta).
     """
@@ -190,10 +194,11 @@ def _gradients(
     k, v = _unpair(kv, width, keys)
     start = keys.start or 0
     mask = {name: x - start if name in ("lo", "hi") else x for name, x in mask.items()}
-    return block_backward(
+    dq, dk, dv = block_backward(
         q, k, v, do, lse, delta, accumulate=(dq, None, None), q_offset=-start,
         out_dtype=lse.dtype, **mask, **shards.options,
     )  # fmt: skip
+    return dq, _pair(dk, dv)
 
 
 def _pair(k: Array, v: Array) -> Array:

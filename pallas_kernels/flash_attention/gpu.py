@@ -107,8 +107,10 @@ def bwd(
         args = (q, k, v, visible, do, lse, delta)
         how = {"spec": spec, "tiles": tiles.keys, "interpret": interpret}
         if tiles.passes == "roles":
-            return backward_keys_by_role(*args, some, **how)
-        return backward_keys(*args, dq, some, **how)
+            written = backward_keys_by_role(*args, some, **how)
+        else:
+            written = backward_keys(*args, dq, some, **how)
+        return written if len(written) == 2 else (written[0][0], written[0][1])
 
     if tiles.passes == "together" and not spec.deterministic and interpret is None:
         if "dq" in sums:

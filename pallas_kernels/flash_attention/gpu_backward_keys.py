@@ -32,6 +32,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     awaited,
     capped,
     exponent_scale,
+    key_gradients,
     per_column,
     seen,
     smem,
@@ -55,11 +56,11 @@ def backward_keys(
     spec: Spec,
     tiles: KernelTiles,
     interpret: Any = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
     lse is in base 2, and inf for rows that see nothing. dq: None or a float32 ref `[B, T, H, D]`,
-    to which the gradient of q is added.
+    to which the gradient of q is added. One array `[2, B, S, K, D]` if `key_gradients` says so.
     """
     batch, length, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -81,7 +82,7 @@ def backward_keys(
         q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, dq_gmem, sums_gmem = (
             jax.tree.unflatten(structure, refs[: len(arrays)])
         )
-        dk_gmem, dv_gmem, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
+        *written, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
             len(arrays) :
         ]
         k_smem, v_smem = own_smem
@@ -222,18 +223,15 @@ def backward_keys(
             shapes = [(ROWS, width), (ROWS, value_width)]
             dk, dv = accumulators(compute, shapes, [dk_spare, dv_spare])
             at = b, pl.ds(first_key, ROWS), kv_head
-            write_gradient(dk_gmem.at[*at], dk * spec.scale, sums_gmem, "dk", at)
-            write_gradient(dv_gmem.at[*at], dv, sums_gmem, "dv", at)
+            write_gradient(written, dk * spec.scale, sums_gmem, "dk", at)
+            write_gradient(written, dv, sums_gmem, "dv", at)
             plgpu.wait_smem_to_gmem(0)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
     return plgpu.kernel(
         kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in sums else spec.out_dtype)
-            for name, x in (("dk", k), ("dv", v))
-        ),
+        out_type=key_gradients(k, v, sums, spec),
         scratch_types=(
             (operand(warpgroups, ROWS, width), operand(warpgroups, ROWS, value_width)),
             (

@@ -35,6 +35,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     awaited,
     capped,
     exponent_scale,
+    key_gradients,
     per_column,
     seen,
     smem,
@@ -60,10 +61,11 @@ def backward_keys_by_role(
     spec: Spec,
     tiles: KernelTiles,
     interpret: Any = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
-    lse is in base 2, and inf for rows that see nothing.
+    lse is in base 2, and inf for rows that see nothing. One array `[2, B, S, K, D]` if
+    `key_gradients` says so.
     """
     batch, _, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -77,7 +79,7 @@ def backward_keys_by_role(
         q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, sums_gmem = (
             jax.tree.unflatten(structure, refs[: len(arrays)])
         )
-        dk_gmem, dv_gmem, own_smem, rings, p_smem, full, empty, spare = refs[len(arrays) :]
+        *written, own_smem, rings, p_smem, full, empty, spare = refs[len(arrays) :]
         k_smem, v_smem = own_smem
         q_smem, lse_smem, do_smem, delta_smem = rings
         k_full, v_full, q_full, do_full, p_full = full
@@ -178,7 +180,7 @@ def backward_keys_by_role(
                 return dv_acc[...]
 
             dv = accumulators(compute, [(ROWS, value_width)], [dv_spare])
-            write_gradient(dv_gmem.at[*keys], dv, sums_gmem, "dv", keys)
+            write_gradient(written, dv, sums_gmem, "dv", keys)
 
         @pl.when(warpgroup == DK)
         def _dk():
@@ -190,16 +192,13 @@ def backward_keys_by_role(
                 return dk_acc[...]
 
             dk = accumulators(compute, [(ROWS, width)], [dk_spare]) * spec.scale
-            write_gradient(dk_gmem.at[*keys], dk, sums_gmem, "dk", keys)
+            write_gradient(written, dk, sums_gmem, "dk", keys)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
     return plgpu.kernel(
         kernel,
-        out_type=tuple(
-            jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in sums else spec.out_dtype)
-            for name, x in (("dk", k), ("dv", v))
-        ),
+        out_type=key_gradients(k, v, sums, spec),
         scratch_types=(
             (operand(ROWS, width), operand(ROWS, value_width)),
             (

@@ -172,8 +172,24 @@ def walk_rows(spec: Spec, tiles: KernelTiles, ranges, b, kv_head, tile, visit: C
     return lax.fori_loop(0, spec.group, head, (jnp.int32(0), state))
 
 
-def write_gradient(gmem, value: jax.Array, sums: dict[str, Any], name: str, at: tuple) -> None:
+def key_gradients(k: jax.Array, v: jax.Array, sums: dict[str, Any], spec: Spec) -> tuple:
+    """The types of what a kernel writes: dk and dv, or one array that stacks both.
+
+    Stacked if they are alike and no result yet but terms of a sum: so they can travel as they lie.
+    """
+    dk, dv = (
+        jax.ShapeDtypeStruct(x.shape, jnp.float32 if name in sums else spec.out_dtype)
+        for name, x in (("dk", k), ("dv", v))
+    )
+    if sums or dk != dv or spec.out_dtype == spec.dtype:
+        return dk, dv
+    return (jax.ShapeDtypeStruct((2, *dk.shape), dk.dtype),)
+
+
+def write_gradient(written: Sequence[Any], value: jax.Array, sums: dict, name: str, at: tuple):
     """Store a block's gradient, added to what `sums[name]` has at the same place if it is there."""
+    which = ("dk", "dv").index(name)
+    gmem = written[which].at[*at] if len(written) == 2 else written[0].at[which, *at]
     if name in sums:
         value += plgpu.load(sums[name].at[*at], layout=WGMMA, optimized=False)
     gmem[...] = value.astype(gmem.dtype)
