@@ -22,10 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from longctx.data.config import DataConfig
-from longctx.eval.recall import DEPTHS, evaluate_tasks
+from longctx.eval.recall import draw_needle, evaluate_tasks
 from longctx.models import BYTE_VOCAB, SoftmaxConfig, count_parameters, tnl
 from longctx.reproduce import Part, Row
 from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
@@ -179,7 +177,8 @@ class Recall:
         grid = figure.add_gridspec(2, len(arms))
         _draw_speed(figure.add_subplot(grid[0, :]), rows, arms)
         for place, arm in enumerate(arms):
-            _draw_needle(figure.add_subplot(grid[1, place]), [r for r in rows if r["arm"] == arm])
+            axes = figure.add_subplot(grid[1, place], title=arm)
+            draw_needle(axes, [r for r in rows if r["arm"] == arm])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 
@@ -208,19 +207,6 @@ def _draw_speed(axes: Any, rows: Sequence[Row], arms: Sequence[str]) -> None:
     axes.set(ylim=(-0.05, 1.1), title=f"Recall of hybrids, {rows[0]['scale']} scale")
     axes.grid(alpha=0.3)
     axes.legend()
-
-
-def _draw_needle(axes: Any, rows: Sequence[Row]) -> None:
-    """Depth by length; empty for rows without needles."""
-    lengths = sorted({r["length"] for r in rows})
-    found = {(r["depth"], r["length"]): r["accuracy"] for r in rows if r["task"] == "needle"}
-    cells = [[found.get((depth, n), float("nan")) for n in lengths] for depth in DEPTHS]
-    axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    for (row, column), value in np.ndenumerate(np.asarray(cells)):
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small")
-    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
-    axes.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in DEPTHS])
-    axes.set(title=rows[0]["arm"], xlabel="length", ylabel="needle's depth")
 
 
 EXPERIMENT = Recall()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from longctx.data.pipeline import load_corpus
@@ -47,7 +48,7 @@ def evaluate(
         config.model.check_length(max(lengths))
         corpus = load_corpus(config.data, "valid", vocab_size=config.model.vocab_size)
         scores = []
-        for length in sorted(lengths):
+        for length in track(sorted(lengths), "lengths", console=Console(stderr=True)):
             scorer = make_scorer(
                 loaded.graph, corpus, length, tokens=tokens, mesh=device_mesh, block=max(lengths)
             )

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longctx.errors import UserError
+from longctx.figures import length_axis, tidy
 from longctx.models import ModelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.provenance import read_rows, write_rows
@@ -206,27 +207,33 @@ def draw_tasks(run: pathlib.Path) -> pathlib.Path:
     for task in dict.fromkeys(r["task"] for r in records):
         means = _means(records, task)
         panels[0].plot(list(means), list(means.values()), marker="o", label=task)
-    panels[0].axvline(records[0]["train_length"], color="grey", linestyle=":", label="trained at")
-    panels[0].set(xlabel="sequence length", ylabel="accuracy", ylim=(-0.02, 1.02), title=run.name)
-    panels[0].set_xscale("log", base=2)
-    panels[0].grid(alpha=0.3)
-    panels[0].legend()
+    trained = records[0]["train_length"]
+    panels[0].axvline(trained, color="grey", linestyle=":", label=f"trained at {trained:,}")
+    panels[0].set(ylabel="accuracy", ylim=(-0.02, 1.02), title=run.name)
+    length_axis(panels[0], sorted({r["length"] for r in records}), "sequence length")
+    tidy(panels[0])
+    panels[0].legend(frameon=False)
     if grid:
-        _draw_needle(panels[1], grid)
+        image = draw_needle(panels[1], grid)
+        panels[1].set_title("needle in a haystack")
+        figure.colorbar(image, ax=panels[1], label="accuracy")
     path = run / "tasks.png"
     figure.savefig(path, dpi=150)
     return path
 
 
-def _draw_needle(axes, grid: Sequence[Row]) -> None:
-    lengths = sorted({r["length"] for r in grid})
+def draw_needle(axes: Any, records: Sequence[Row]) -> Any:
+    """The needle's accuracy by depth and length; blank where there are no such rows."""
+    lengths = sorted({r["length"] for r in records})
     cells = np.full((len(DEPTHS), len(lengths)), np.nan)
-    for r in grid:
-        cells[DEPTHS.index(r["depth"]), lengths.index(r["length"])] = r["accuracy"]
+    for r in records:
+        if r["depth"] is not None:
+            cells[DEPTHS.index(r["depth"]), lengths.index(r["length"])] = r["accuracy"]
     image = axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for (row, column), value in np.ndenumerate(cells):
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small")
+        if not np.isnan(value):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small")
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
     axes.set_yticks(range(len(DEPTHS)), [f"{d:.0%}" for d in DEPTHS])
-    axes.set(xlabel="sequence length", ylabel="depth of the needle", title="needle in a haystack")
-    axes.figure.colorbar(image, ax=axes, label="accuracy")
+    axes.set(xlabel="sequence length", ylabel="depth of the needle")
+    return image

@@ -11,9 +11,11 @@ ROOT = Path(__file__).parents[2]
 FILES = [file.relative_to(ROOT) for file in sorted(experiment_files(ROOT / "experiments"))]
 # One per paper; of 2405.17381 test_transnormer.py runs one more.
 FAST = (
+    "transnormer/lightning_generations.py",
     "transnormer/decoding.py",
     "sparse_flash/coverage.py",
     "tensorized/operator_speed.py",
+    "ring_attention/max_context.py",
 )
 
 
@@ -28,6 +30,8 @@ def left_behind(out: Path, file: Path) -> None:
 
 @pytest.mark.parametrize("name", FAST)
 def test_one_experiment_per_paper(name, tmp_path, monkeypatch):
+    if name.startswith("ring_attention"):
+        pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
     monkeypatch.chdir(ROOT)
     reproduce([f"experiments/{name}", "--scale", "smoke", "--out", str(tmp_path)])
     left_behind(tmp_path, Path("experiments") / name)
