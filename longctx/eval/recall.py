@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -222,7 +222,7 @@ def draw_tasks(run: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def draw_needle(axes: Any, records: Sequence[Row]) -> Any:
+def draw_needle(axes: Any, records: Sequence[Mapping[str, Any]]) -> Any:
     """The needle's accuracy by depth and length; blank where there are no such rows."""
     lengths = sorted({r["length"] for r in records})
     cells = np.full((len(DEPTHS), len(lengths)), np.nan)
