@@ -60,20 +60,30 @@ class RunScorer:
         return self.tokenizer.encode(text.encode()).tolist()
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation of a context, and whether it is the greedy one."""
+        """Log-likelihood of each continuation of a context, and whether it is the greedy one.
+
+        Spaces at the end of a context belong to the continuation, as in lm-eval: tokenizers join
+        them to the word that follows.
+        """
         rows = []
         for context, continuation in pairs:
-            whole, given = self.encode(context + continuation), self.encode(context)
+            whole, given = self.encode(context + continuation), self.encode(context.rstrip())
             rows.append(([self.tokenizer.boundary, *whole], max(1, len(whole) - len(given))))
         return list(self._sums(rows))
 
     def rolling(self, texts: Sequence[str]) -> list[float]:
-        """Log-likelihood of whole texts, cut into windows of the largest length."""
+        """Log-likelihood of whole texts, cut into windows of the largest length.
+
+        The last window reaches back to be as long as the others; only its new tokens count.
+        """
         totals = []
         for text in texts:
             tokens, size = [self.tokenizer.boundary, *self.encode(text)], self.max_length
-            windows = [tokens[i : i + size + 1] for i in range(0, len(tokens) - 1, size)]
-            totals.append(sum(s for s, _ in self._sums([(w, len(w) - 1) for w in windows])))
+            windows = []
+            for first in range(0, len(tokens) - 1, size):
+                last = min(first + size, len(tokens) - 1)
+                windows.append((tokens[max(0, last - size) : last + 1], last - first))
+            totals.append(sum(s for s, _ in self._sums(windows)))
         return totals
 
     def _sums(self, rows: Sequence[tuple[list[int], int]]) -> Iterator[tuple[float, bool]]:

@@ -50,7 +50,7 @@ def log_likelihoods(run, text):
 
 
 def test_likelihoods_of_continuations(run, lm):
-    pairs = [("All work", " and no"), ("", "x"), ("All work and ", "q")]
+    pairs = [("All work", " and no"), ("", "x"), ("All work and", " q")]
     got = lm.loglikelihood([Request(p) for p in pairs * 4])  # more than a batch
     assert got[:3] * 4 == got
     for (context, rest), (total, greedy) in zip(pairs, got[:3], strict=True):
@@ -59,16 +59,27 @@ def test_likelihoods_of_continuations(run, lm):
         assert greedy == best[-len(rest) :].all()
 
 
+def test_spaces_between_belong_to_the_continuation(run, lm):
+    """Tokenizers join a space to the word behind it: alone it is another token."""
+    apart, joined = lm.loglikelihood(
+        [Request(("All work and ", "no play")), Request(("All work and", " no play"))]
+    )
+    assert apart == joined
+
+
 def test_rolling_likelihood_is_the_sum_over_windows(run, lm):
     text = "All work and no play. " * 5
     (total,) = lm.loglikelihood_rolling([Request((text,))])
     tokens = [BOUNDARY, *text.encode()]
     length = load_run(run).config.data.sequence_length
     model, want = load_run(run).model, 0.0
+    assert (len(tokens) - 1) % length, "the last window is shorter than the others"
     for first in range(0, len(tokens) - 1, length):
-        window = jnp.asarray(tokens[first : first + length + 1])
+        last = min(first + length, len(tokens) - 1)  # the last window has as much context
+        window = jnp.asarray(tokens[max(0, last - length) : last + 1])
         logits = model.logits(model(window[None, :-1]))[0]
-        want -= float(optax.softmax_cross_entropy_with_integer_labels(logits, window[1:]).sum())
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, window[1:])
+        want -= float(nll[-(last - first) :].sum())
     np.testing.assert_allclose(total, want, rtol=1e-4)
 
 
