@@ -10,6 +10,6 @@ for parameters are split over the other axis alone: over 4. At smoke scale the c
 
 from experiments.ring_attention.max_context import METHODS, PODS, SEVEN, MaxContext, Pod
 
-FIRST = dict(zip(METHODS, (16384, 131072, 131072, 524288), strict=True))
+FIRST = dict(zip(METHODS, (16384, 131072, 131072, 1048576), strict=True))
 GPUS = Pod("h100:32", 4, 8, SEVEN, FIRST)
 EXPERIMENT = MaxContext({"smoke": PODS["smoke"], "small": [GPUS], "paper": [GPUS]})
