@@ -41,7 +41,7 @@ ARMS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-# Trained on beside the tasks that are scored: three times as many questions in each episode.
+# Trained on beside the tasks that are scored: a question wherever there is room in an episode.
 PRACTICE = ("mqar-often",)
 
 

@@ -21,9 +21,9 @@ TASKS: dict[str, Task] = {
     "lines": LineRetrieval(),
     "variables": VariableTracking(),
     "common-words": CommonWords(),
-    "mqar": MultiQueryRecall(),
+    "mqar": MultiQueryRecall(vocab_size=64),  # small models learn so few symbols in minutes
     "mqar-64": MultiQueryRecall(pairs=64),  # about what a state of 64 x 64 can hold
-    "mqar-often": MultiQueryRecall(queries=24),  # more to learn from in each episode
+    "mqar-often": MultiQueryRecall(queries=100, vocab_size=64),  # more to learn from
     "copying": Copying(),
     "induction": Induction(),
 }

@@ -19,8 +19,8 @@ class MultiQueryRecall:
     The layout of Zoology (2312.04927, section 3.1): pairs first, queries at random places after
     them, noise between. Keys come from the lower half of the vocabulary, values from the upper
     half, token 0 is noise, so a score above `chance` needs recall. With `queries` so many keys are
-    asked for, each drawn anew; with 0 each key once, and then the last queries can be answered
-    without recall too, by the values not given yet.
+    asked for, or as many as there is room for, each drawn anew; with 0 each key once, and then the
+    last queries can be answered without recall too, by the values not given yet.
     """
 
     pairs: int = 8
@@ -37,8 +37,9 @@ class MultiQueryRecall:
 
     def episode(self, rng: np.random.Generator, length: int) -> Episode:
         """Pairs, then keys once more in random order at random places."""
-        queries = self.queries or self.pairs
-        if length < 2 * (self.pairs + queries):
+        slots = (length - 2 * self.pairs) // 2
+        queries = min(self.queries, max(slots, 1)) or self.pairs
+        if slots < queries:
             raise ValueError(f"{length=} must be at least {2 * (self.pairs + queries)}, two a pair")
         half = self.vocab_size // 2
         keys = rng.choice(np.arange(1, half), self.pairs, replace=False)
@@ -47,11 +48,10 @@ class MultiQueryRecall:
         answer = np.zeros(length, bool)
         tokens[0 : 2 * self.pairs : 2] = keys
         tokens[1 : 2 * self.pairs : 2] = values
-        slots = (length - 2 * self.pairs) // 2
         at = 2 * self.pairs + 2 * np.sort(rng.choice(slots, queries, replace=False))
         order = rng.permutation(self.pairs)
         if self.queries:
-            order = rng.integers(0, self.pairs, self.queries)
+            order = rng.integers(0, self.pairs, queries)
         tokens[at] = keys[order]
         tokens[at + 1] = values[order]
         answer[at + 1] = True

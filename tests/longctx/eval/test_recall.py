@@ -93,7 +93,7 @@ def test_what_cannot_be_measured_loses_nothing(trained, names, length, message):
 
 
 def test_a_task_with_more_tokens_than_the_model_is_refused():
-    config = tiny_run("task:mqar", dataclasses.replace(TRANSFORMER, vocab_size=200))
+    config = tiny_run("task:mqar-64", dataclasses.replace(TRANSFORMER, vocab_size=200))
     with pytest.raises(DataError, match=r"needs model\.vocab_size=200 to be at least 256"):
         load_corpus(config.data, "train", vocab_size=config.model.vocab_size)
 
