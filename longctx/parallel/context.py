@@ -16,8 +16,8 @@ from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operato
 from longctx.parallel.ring import ring_attention
 from longctx.parallel.shards import Shards
 from longctx.parallel.ulysses import (
+    copied_heads,
     kv_copies,
-    repeat_heads,
     ulysses_attention,
     whole_attention,
 )
@@ -116,8 +116,7 @@ def context_attention(
             f"{q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads and of "
             f"the {split} devices along {head_axis=}"
         )
-    copies = kv_copies(q.shape[2], k.shape[2], split)
-    k, v = (repeat_heads(x, copies * x.shape[2]) for x in (k, v))
+    k, v = copied_heads(k, v, kv_copies(q.shape[2], k.shape[2], split))
     heads, kv_heads = q.shape[2] // split, k.shape[2] // split
     if strategy == "auto":
         strategy = cost.explain(

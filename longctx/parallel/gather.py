@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -29,6 +30,7 @@ def gather_attention(
     """Output and lse of this rank's queries over all ranks' keys; differentiable in q, k, v.
 
     dk and dv are summed over the ranks in float32 (the transpose of a gather sums in bfloat16).
+    k and v may be `copied_heads`.
     """
     args = q, k, v, doc_start
     return _gather(shards, *unify_varying(args, varying_axes(*args) | {shards.axis}))
@@ -48,18 +50,19 @@ def _mask(shards: Shards, batch: int, doc_start: Array | None) -> dict[str, Any]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None) -> Output:
-    mask = _mask(shards, q.shape[0], doc_start)
-    keys = _all_keys(shards, k, v)
-    return block_forward(q, *keys, out_dtype=q.dtype, **mask, **shards.options)
+    return _gather_fwd(shards, q, k, v, doc_start)[0]
 
 
 def _gather_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
-    o, lse = _gather(shards, q, k, v, doc_start)
-    return (o, lse), (q, k, v, doc_start, o, lse)
+    like, k, v = jnp.zeros((), k.dtype), k.astype(q.dtype), v.astype(q.dtype)
+    mask = _mask(shards, q.shape[0], doc_start)
+    keys = _all_keys(shards, k, v)
+    o, lse = block_forward(q, *keys, out_dtype=q.dtype, **mask, **shards.options)
+    return (o, lse), (q, k, v, like, doc_start, o, lse)
 
 
 def _gather_bwd(shards: Shards, saved: tuple, cotangents: Output):
-    q, k, v, doc_start, o, lse = saved
+    q, k, v, like, doc_start, o, lse = saved
     do, dlse = cotangents
     delta = row_delta(o, lse, do, dlse)
     all_k, all_v = _all_keys(shards, k, v)
@@ -69,7 +72,7 @@ def _gather_bwd(shards: Shards, saved: tuple, cotangents: Output):
     )
     dkv = shards.layout.in_shards(pack(dk, dv), shards.ranks)
     dk, dv = unpack(lax.psum_scatter(dkv, shards.axis), k.shape[-1])
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    return dq.astype(q.dtype), dk.astype(like.dtype), dv.astype(like.dtype), None
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

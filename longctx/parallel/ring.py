@@ -48,7 +48,10 @@ def ring_attention(
     v: Float[Array, "B T K E"],
     doc_start: Int[Array, "B T"] | None,
 ) -> Output:
-    """Output and lse of this rank's queries over all ranks' keys; differentiable in q, k, v."""
+    """Output and lse of this rank's queries over all ranks' keys; differentiable in q, k, v.
+
+    k and v may be `ulysses.copied_heads`.
+    """
     if k.shape[2] % shards.head_groups:
         raise ValueError(f"head_groups={shards.head_groups} must divide {k.shape[2]} key heads")
     args = q, k, v, doc_start
@@ -56,6 +59,7 @@ def ring_attention(
     if shards.hops > 1:
         return _ring(shards, q, k, v, doc_start)
     mask = dict[str, Any](causal=False) | shards.own_block(q.shape[0], doc_start)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
     o, lse = flash_attention(q, k, v, return_lse=True, **mask, **shards.options)
     return o, lse
 
@@ -66,7 +70,8 @@ def _ring(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None)
 
 
 def _ring_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
-    kv, (batch, length, heads, width) = _pair(k, v), q.shape
+    like, (batch, length, heads, width) = jnp.zeros((), k.dtype), q.shape
+    kv = _pair(k.astype(q.dtype), v.astype(q.dtype))
     # Tied to this call, else XLA keeps one copy of the zeros over all layers' calls.
     zero, q = lax.optimization_barrier((jnp.zeros((), q.dtype), q))
     o = jnp.full((batch, length, heads, v.shape[-1]), zero)
@@ -76,16 +81,16 @@ def _ring_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | N
         functools.partial(_forward, shards, doc_start, width),
         unify_varying((o, lse), varying_axes(q)), q, kv,
     )  # fmt: skip
-    return (o, lse), (q, kv, doc_start, o, lse)
+    return (o, lse), (q, kv, like, doc_start, o, lse)
 
 
 def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
-    q, kv, doc_start, o, lse = saved
+    q, kv, like, doc_start, o, lse = saved
     # Gradients take the place of what they are of, which nothing needs after them.
     dq, dkv = _by_groups(
         shards.head_groups,
         functools.partial(_backward, shards, doc_start),
-        (q, kv), o, lse, *cotangents,
+        (q, kv.astype(like.dtype)), o, lse, *cotangents,
     )  # fmt: skip
     return dq, *_unpair(dkv, q.shape[-1]), None
 
@@ -143,8 +148,8 @@ def _backward(
     dlse: Array,
 ) -> tuple[Array, Array]:
     """The gradients of q and of k and v, paired as they are in `queries_and_keys`."""
-    q, own = queries_and_keys
-    batch, width = q.shape[0], q.shape[-1]
+    q, given = queries_and_keys
+    own, batch, width = given.astype(q.dtype), q.shape[0], q.shape[-1]
     # Else XLA may keep what arrived in the forward for the backward: a second shard of keys.
     own, do, lse = lax.optimization_barrier((own, do, lse))
     delta = row_delta(o, lse, do, dlse)
@@ -171,7 +176,7 @@ def _backward(
         dq, early = gradients(dq, own, local, slice(middle))
         parts.insert(0, _unpair(early, width))
     dkv = (
-        (arrived + jnp.concatenate(here, 1)).astype(q.dtype)
+        (arrived + jnp.concatenate(here, 1)).astype(given.dtype)
         for arrived, *here in zip(_unpair(home, width), *parts, strict=True)
     )
     return dq.astype(q.dtype), _pair(*dkv)

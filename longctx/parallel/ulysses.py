@@ -49,13 +49,8 @@ def ulysses_attention(
         groups = shards.groups()
         return lax.all_to_all(x, shards.axis, split, concat, tiled=True, axis_index_groups=groups)
 
-    copies = kv_copies(q.shape[2], k.shape[2], shards.inner)
     attend = whole_attention if shards.ranks == 1 else ring_attention
-    if copies > 1 and shards.ranks == 1:
-        # The gradients of the copies are rounded once, when they have been summed.
-        attend, wide = _whole_attention, jnp.promote_types(k.dtype, jnp.float32)
-        k, v = k.astype(wide), v.astype(wide)
-    k, v = (repeat_heads(x, copies * x.shape[2]) for x in (k, v))
+    k, v = copied_heads(k, v, kv_copies(q.shape[2], k.shape[2], shards.inner))
     q, k, v = (swap(x, 2, 1) for x in (q, k, v))
     if doc_start is not None:
         doc_start = lax.all_gather(
@@ -73,6 +68,8 @@ def whole_attention(
     doc_start: Int[Array, "B T"] | None,
 ) -> Output:
     """Output and lse where one device holds the whole sequence."""
+    if k.dtype != q.dtype:
+        return _whole_attention(shards, q, k, v, doc_start)
     o, lse = flash_attention(
         q, k, v,
         causal=shards.causal, window=shards.window, lo=doc_start, return_lse=True,
@@ -83,7 +80,7 @@ def whole_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole_attention(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | None):
-    """`whole_attention` of k and v that are given in float32, as their gradients then are."""
+    """`whole_attention` of `copied_heads`."""
     return whole_attention(shards, q, k.astype(q.dtype), v.astype(q.dtype), doc_start)
 
 
@@ -105,6 +102,21 @@ def _whole_backward(shards: Shards, saved: tuple, cotangents: Output):
 
 
 _whole_attention.defvjp(_whole_forward, _whole_backward)
+
+
+def copied_heads(
+    k: Float[Array, "B T _ D"], v: Float[Array, "B T _ E"], copies: int
+) -> tuple[Float[Array, "B T K D"], Float[Array, "B T K E"]]:
+    """Every key/value head `copies` times: in float32 if that is more than once.
+
+    Strategies round them to q's dtype and give gradients in float32, so that those of the copies
+    are rounded when they have been added up.
+    """
+    if copies == 1:
+        return k, v
+    wide = jnp.promote_types(k.dtype, jnp.float32)
+    k, v = (repeat_heads(x.astype(wide), copies * x.shape[2]) for x in (k, v))
+    return k, v
 
 
 def repeat_heads(x: Float[Array, "B T _ D"], heads: int) -> Float[Array, "B T H D"]:

@@ -174,18 +174,33 @@ def test_bfloat16_in_stacked_messages():
     check_error("ring", 8, value_width=8)
 
 
-def test_bfloat16_in_copies_of_key_heads():
+@pytest.mark.parametrize(
+    ("strategy", "layout", "tensor"),
+    [
+        ("ulysses", Layout("contiguous", 4), 1),
+        ("usp", Layout("zigzag", 2), 1),
+        ("ring", Layout("zigzag", 2), 4),
+        *(
+            pytest.param(name, layout, 4, marks=pytest.mark.slow)
+            for name, layout in (("all_gather", Layout("zigzag", 2)), ("ulysses", Layout()))
+        ),
+        pytest.param("auto", Layout(), 8, marks=pytest.mark.slow),
+    ],
+)
+def test_bfloat16_in_copies_of_key_heads(strategy, layout, tensor):
     """Whose gradients are summed before they are rounded."""
-    check_error("ulysses", 4, kind="contiguous", heads=8, kv_heads=1)
+    devices = {1: 4, 4: 2, 8: 1}[tensor]
+    check_error(strategy, devices, layout, {"tensor": tensor}, heads=8, kv_heads=1)
 
 
-def check_error(strategy, devices, kind="zigzag", **shape):
+def check_error(strategy, devices, layout=None, mesh=None, **shape):
     """Against float64, the error on many devices is at most 1.1 times that on one."""
     args, cotangents = operands(length=64, dtype=jnp.bfloat16, **shape)
     want = exact(args, cotangents)
     one = errors(single(args, cotangents), want)
-    layout = Layout(kind, devices)
-    got = sharded(args, cotangents, layout, devices, strategy=strategy, backend="reference")
+    layout = layout or Layout("zigzag", devices)
+    options = {"strategy": strategy, "backend": "reference", "mesh": mesh}
+    got = sharded(args, cotangents, layout, devices, **options)
     for name, many, single_device in zip(
         ("o", "lse", "dq", "dk", "dv"), errors(got, want), one, strict=True
     ):
