@@ -32,7 +32,12 @@ VERSIONS_OF = (
 
 # Variables that decide what a command does or how long it takes, and so belong to it: recorded
 # here, never obeyed.
-SETTINGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "GLIBC_TUNABLES")
+SETTINGS = (
+    "XLA_FLAGS",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "LIBTPU_INIT_ARGS",
+    "GLIBC_TUNABLES",
+)
 
 
 def device_info() -> dict[str, Any]:
