@@ -1,18 +1,21 @@
 """Linear attention over a sharded sequence: only states cross devices, whatever the length.
 
-Every rank's tokens are one run of the sequence (contiguous) or two (zigzag), h tokens each. With
-S_j the state that run j alone leaves behind, D_j what its rows alone send back to its initial
-state, e_j the position at which it ends, and d_j the first position of its last token's document:
+Every rank's tokens are one run of the sequence (contiguous) or two (zigzag), each cut into as many
+pieces, of h tokens, as fill the device side by side. With S_j the state that piece j alone leaves
+behind, D_j what its rows alone send back to its initial state, e_j the position at which it ends,
+and d_j the first position of its last token's document:
 
-    state into run i        sum_{j < i} w_ij S_j     w_ij = exp(log_decay)^(h (i - 1 - j))
-    cotangent out of run j  sum_{i > j} w_ij D_i             where d_{i-1} < e_j, else 0
+    state into piece i        sum_{j < i} w_ij S_j     w_ij = exp(log_decay)^(h (i - 1 - j))
+    cotangent out of piece j  sum_{i > j} w_ij D_i             where d_{i-1} < e_j, else 0
 
 so one exchange of states suffices each way: LASP-2 (arXiv 2502.07563) with decay and documents.
-Striped ranks are refused: what one of them owes another is not a product with any state, since
-their tokens interleave and every pair has its own decay.
+The pieces of a run are joined before: what is exchanged is one state per run. Striped ranks are
+refused: what one of them owes another is not a product with any state, since their tokens
+interleave and every pair has its own decay.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -29,13 +32,14 @@ from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.lightning_attention import (
     lightning_attention,
     lightning_dstate,
+    lightning_pieces,
     lightning_state,
 )
 
 Exchange = Literal["all_gather", "ring"]
 
-# Name, for rematerialisation policies, of the states with which runs begin. Where they are kept
-# (B H D E float32 per run) the backward pass does not exchange them again.
+# Name, for rematerialisation policies, of the states with which pieces begin. Where they are kept
+# (B H D E float32 per piece) the backward pass does not exchange them again.
 INCOMING = "incoming_state"
 
 
@@ -111,6 +115,7 @@ class _Call(NamedTuple):
     layout: Layout
     length: int
     backend: str
+    pieces: int = 1  # of each run
 
     @property
     def runs(self) -> int:
@@ -118,25 +123,30 @@ class _Call(NamedTuple):
         return 1 if self.layout.in_order else 2
 
     @property
-    def run(self) -> int:
-        """Tokens in a run."""
-        return self.length // (self.devices * self.runs)
+    def parts(self) -> int:
+        """Pieces on each device."""
+        return self.runs * self.pieces
+
+    @property
+    def piece(self) -> int:
+        """Tokens in a piece."""
+        return self.length // (self.devices * self.parts)
 
     def numbers(self) -> Int[np.ndarray, "P n"]:
-        """Number, in position order, of every device's runs."""
-        first = self.layout.order(self.length)[:: self.run]
-        return (first // self.run).reshape(self.devices, self.runs)
+        """Number, in position order, of every device's pieces."""
+        first = self.layout.order(self.length)[:: self.piece]
+        return (first // self.piece).reshape(self.devices, self.parts)
 
     def split(self, x: Array) -> Array:
-        """[B, T, ...] as one batch row per run, [B n, h, ...]."""
-        return x.reshape(x.shape[0] * self.runs, self.run, *x.shape[2:])
+        """[B, T, ...] as one batch row per piece, [B n, h, ...]."""
+        return x.reshape(x.shape[0] * self.parts, self.piece, *x.shape[2:])
 
-    def by_run(self, state: Array) -> Array:
+    def by_piece(self, state: Array) -> Array:
         """[B n, H, D, E] as [n, B, H, D, E]."""
-        return jnp.moveaxis(state.reshape(-1, self.runs, *state.shape[1:]), 1, 0)
+        return jnp.moveaxis(state.reshape(-1, self.parts, *state.shape[1:]), 1, 0)
 
     def flat(self, state: Array) -> Array:
-        """The inverse of `by_run`."""
+        """The inverse of `by_piece`."""
         return jnp.moveaxis(state, 0, 1).reshape(-1, *state.shape[2:])
 
 
@@ -149,15 +159,17 @@ def _whole(
 def _sharded(
     call: _Call, q: Array, k: Array, v: Array, log_decay: Array, doc_start: Array | None
 ) -> Array:
-    """Split into runs, with documents counted from each run's first token."""
+    """Split into pieces, with documents counted from each piece's first token."""
+    pieces = lightning_pieces(call.split(q), call.split(v), backend=call.backend)
+    call = call._replace(pieces=pieces)
     numbers, documents = jnp.asarray(call.numbers()), None
     mine = numbers[lax.axis_index(call.axis)]
     if doc_start is not None:
-        last = call.split(doc_start)[:, -1].reshape(-1, call.runs)
+        last = call.split(doc_start)[:, -1].reshape(-1, call.parts)
         gathered = lax.all_gather(last, call.axis).swapaxes(1, 2)  # [P, n, B]
         order = np.argsort(call.numbers().reshape(-1))
         documents = checkpoint_name(gathered.reshape(-1, gathered.shape[2])[order], INCOMING)
-        starts = jnp.tile(mine * call.run, q.shape[0])[:, None]
+        starts = jnp.tile(mine * call.piece, q.shape[0])[:, None]
         doc_start = call.split(doc_start) - starts
     arrays = (*map(call.split, (q, k, v)), log_decay, doc_start, documents)
     axes = varying_axes(*arrays) | {call.axis}
@@ -167,30 +179,48 @@ def _sharded(
 def _weights(
     call: _Call, log_decay: Array, documents: Array | None, to: Array, source: Array
 ) -> Float[Array, "n m B H"]:
-    """w_ij of the runs `to` (n) and `source` (m); B is 1 without documents."""
+    """w_ij of the pieces `to` (n) and `source` (m); B is 1 without documents."""
     to, source = to[:, None], source[None, :]
-    steps = jnp.maximum(to - 1 - source, 0) * call.run
+    steps = jnp.maximum(to - 1 - source, 0) * call.piece
     weights = jnp.exp(steps[..., None] * log_decay[None, None])[:, :, None]
     seen = (source < to)[..., None]
     if documents is not None:
-        seen &= documents[jnp.maximum(to - 1, 0)] < ((source + 1) * call.run)[..., None]
+        seen &= documents[jnp.maximum(to - 1, 0)] < ((source + 1) * call.piece)[..., None]
     return jnp.where(seen[..., None], weights, 0)
 
 
-def _exchange(call: _Call, local: Float[Array, "n B H D E"], weigh) -> Float[Array, "n B H D E"]:
-    """Sum over all runs j of `weigh(numbers of some runs)` times their `local` states."""
-    numbers = jnp.asarray(call.numbers())
+def _exchange(
+    call: _Call,
+    local: Float[Array, "n B H D E"],
+    weights: Callable[[Array, Array], Float[Array, "n m B H"]],
+    *,
+    reverse: bool,
+) -> Float[Array, "n B H D E"]:
+    """For my pieces i the sum, over all pieces j, of weights(i, j) times their `local`.
 
-    def weighted(source: Array, states: Array) -> Array:
-        return jnp.sum(weigh(source)[..., None, None] * states[None], axis=1)
+    `reverse`: the sum is over later pieces, not earlier ones.
+    """
+    rank = lax.axis_index(call.axis)
+    numbers = jnp.asarray(call.numbers()).reshape(call.devices, call.runs, call.pieces)
+    mine = numbers[rank]
+    ends = numbers[:, :, 0 if reverse else -1]  # of the runs, where their sums leave them
 
+    def weighted(to: Array, source: Array, states: Array) -> Array:
+        return jnp.sum(weights(to, source)[..., None, None] * states[None], axis=1)
+
+    total = jnp.zeros_like(local)
+    if call.pieces > 1:
+        by_run = local.reshape(call.runs, call.pieces, *local.shape[1:])
+        total = jax.vmap(weighted)(mine, mine, by_run).reshape(local.shape)
+        behind = (ends[rank] + (-1 if reverse else 1))[:, None]
+        local = jax.vmap(weighted)(behind, mine, by_run)[:, 0]
+    mine = mine.reshape(-1)
     if call.strategy == "all_gather":
         states = lax.all_gather(local, call.axis, tiled=True)
-        return weighted(numbers.reshape(-1), states)
-    rank, total = lax.axis_index(call.axis), jnp.zeros_like(local)
+        return total + weighted(mine, ends.reshape(-1), states)
     onwards = [(p, (p + 1) % call.devices) for p in range(call.devices)]
     for hop in range(call.devices):
-        total += weighted(numbers[(rank - hop) % call.devices], local)
+        total += weighted(mine, ends[(rank - hop) % call.devices], local)
         if hop + 1 < call.devices:
             local = lax.ppermute(local, call.axis, onwards)
     return total
@@ -202,14 +232,9 @@ def _attend(call: _Call, q, k, v, log_decay, doc_start, documents):
 
 
 def _attend_fwd(call: _Call, q, k, v, log_decay, doc_start, documents):
-    mine = jnp.asarray(call.numbers())[lax.axis_index(call.axis)]
     local = lightning_state(k, v, log_decay, doc_start=doc_start, backend=call.backend)
-    rate = log_decay.astype(local.dtype)
-    state = call.flat(
-        _exchange(
-            call, call.by_run(local), lambda source: _weights(call, rate, documents, mine, source)
-        )
-    )
+    weights = functools.partial(_weights, call, log_decay.astype(local.dtype), documents)
+    state = call.flat(_exchange(call, call.by_piece(local), weights, reverse=False))
     state = checkpoint_name(state, INCOMING)
     o = lightning_attention(
         q, k, v, log_decay, state=state, doc_start=doc_start, backend=call.backend
@@ -219,14 +244,13 @@ def _attend_fwd(call: _Call, q, k, v, log_decay, doc_start, documents):
 
 def _attend_bwd(call: _Call, saved, do):
     q, k, v, log_decay, doc_start, documents, state = saved
-    mine = jnp.asarray(call.numbers())[lax.axis_index(call.axis)]
     rate = log_decay.astype(state.dtype)
     local = lightning_dstate(q, do, log_decay, doc_start=doc_start, backend=call.backend)
 
-    def weigh(source: Array) -> Array:  # the transpose: from the runs `source` back to mine
-        return jnp.swapaxes(_weights(call, rate, documents, source, mine), 0, 1)
+    def weights(to: Array, source: Array) -> Array:  # the transpose
+        return jnp.swapaxes(_weights(call, rate, documents, source, to), 0, 1)
 
-    dfinal = call.flat(_exchange(call, call.by_run(local), weigh))
+    dfinal = call.flat(_exchange(call, call.by_piece(local), weights, reverse=True))
 
     def attend(q, k, v, log_decay):
         return lightning_attention(

@@ -3,6 +3,7 @@
 from pallas_kernels.lightning_attention.api import (
     lightning_attention,
     lightning_dstate,
+    lightning_pieces,
     lightning_state,
     lightning_step,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "alibi_log_decay",
     "lightning_attention",
     "lightning_dstate",
+    "lightning_pieces",
     "lightning_state",
     "lightning_step",
     "printed_log_decay",

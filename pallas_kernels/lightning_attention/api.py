@@ -157,6 +157,23 @@ def lightning_dstate(
     return _Static(backend, spec).call("initial_cotangent", q, do, log_decay, doc_start)
 
 
+def lightning_pieces(
+    q: Float[Array, "B T H D"], v: Float[Array, "B T H E"], *, backend: str = "auto"
+) -> int:
+    """In how many pieces of its sequence, given their states, `lightning_attention` is fastest.
+
+    A power of two that divides T: few heads leave a GPU idle, and its backend then cuts the
+    sequence, for whose states k and v are read once more. Where these are known anyway, pieces
+    may be rows of the batch instead. 1 on other devices than GPUs.
+    """
+    B, T, H, D = q.shape
+    spec = Spec(B, T, H, D, v.shape[-1], q.dtype, packed=False)
+    serves = gpu.unsupported(spec) is None and (
+        backend == "gpu" or (backend == "auto" and _dispatch.target().platform == "gpu")
+    )
+    return gpu.pieces(spec) if serves else 1
+
+
 def lightning_step(
     q: Float[Array, "B H D"],
     k: Float[Array, "B H D"],

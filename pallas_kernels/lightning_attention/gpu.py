@@ -20,6 +20,7 @@ from pallas_kernels.lightning_attention.tiles import GpuTiles, Spec, gpu_tiles
 
 LOG2_E = 1.4426950408889634
 MAX_WIDTH = 256
+MOST_PIECES = 16
 
 
 def unsupported(spec: Spec) -> str | None:
@@ -29,6 +30,18 @@ def unsupported(spec: Spec) -> str | None:
     if max(spec.key_width, spec.value_width) > MAX_WIDTH:
         return f"head widths {spec.key_width} and {spec.value_width} must be at most {MAX_WIDTH}"
     return not_hopper()
+
+
+def pieces(spec: Spec) -> int:
+    """The least power of two of pieces, in whole chunks, that the forward does not cut further."""
+    widths = [pl.cdiv(width, CHUNK) for width in (spec.key_width, spec.value_width)]
+    count = 1
+    while count < MOST_PIECES and spec.length % (2 * count * CHUNK) == 0:
+        heads, chunks = spec.batch * spec.heads * count, spec.length // (count * CHUNK)
+        if gpu_tiles(heads, chunks, widths[1:], max(widths)).segments == 1:
+            break
+        count *= 2
+    return count
 
 
 def _pad(x: Array, sizes: dict[int, int]) -> Array:

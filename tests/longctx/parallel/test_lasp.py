@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.nn.stack import REMAT_POLICIES
-from longctx.parallel import Layout, context_lightning, make_mesh
+from longctx.parallel import Layout, context_lightning, lasp, make_mesh
 from pallas_kernels.lightning_attention import lightning_attention
 from tests.harness import assert_close
 from tests.longctx.parallel.cases import documents, draw, errors, on_mesh, value_and_gradients
@@ -69,6 +69,21 @@ def test_many_devices_equal_one(strategy, layout, cuts, mesh):
     args, do = operands(batch=2)
     doc_start = documents(2, 32, cuts) if cuts else None
     got = sharded(args, do, layout, devices, strategy=strategy, doc_start=doc_start, mesh=mesh)
+    assert_close(got, exact(args, do, doc_start), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout", "cuts"),
+    [
+        ("all_gather", Layout("zigzag", 4), 4),
+        ("ring", Layout("contiguous", 4), 0),
+    ],
+)
+def test_pieces_change_nothing(strategy, layout, cuts, monkeypatch):
+    monkeypatch.setattr(lasp, "lightning_pieces", lambda *_, **__: 4)
+    args, do = operands(batch=2, length=64)
+    doc_start = documents(2, 64, cuts) if cuts else None
+    got = sharded(args, do, layout, 4, strategy=strategy, doc_start=doc_start)
     assert_close(got, exact(args, do, doc_start), 1e-6)
 
 

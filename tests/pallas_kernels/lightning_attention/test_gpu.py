@@ -16,6 +16,7 @@ from pallas_kernels.lightning_attention import (
     gpu,
     lightning_attention,
     lightning_dstate,
+    lightning_pieces,
     lightning_state,
     reference,
 )
@@ -146,6 +147,20 @@ def test_default_tiles_fill_the_chip():
     few = gpu_tiles(heads=16, chunks=512, slices=[2], widest=2)
     assert few.segments >= 6 and few.workers == 2
     assert gpu_tiles(heads=1, chunks=2, slices=[1], widest=1).segments == 1
+
+
+def test_pieces_are_not_cut_further():
+    def pieces(batch, length, heads, backend="gpu"):
+        q = jax.ShapeDtypeStruct((batch, length, heads, 128), jnp.bfloat16)
+        count = lightning_pieces(q, q, backend=backend)
+        assert length % (64 * count) == 0 or count == 1
+        return count
+
+    count = pieces(2, 16384, 8)
+    tiles = gpu_tiles(heads=16 * count, chunks=256 // count, slices=[2], widest=2)
+    assert count > 1 and tiles.segments == 1
+    assert pieces(16, 2048, 16) == pieces(1, 1000, 1) == pieces(2, 16384, 8, "xla") == 1
+    assert pieces(1, 2**20, 1) == gpu.MOST_PIECES
 
 
 def compile_for_h100(
