@@ -120,6 +120,21 @@ def check_error(devices):
         assert many <= 1.1 * single + 1e-3, name
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two NVIDIA GPUs"
+)
+@pytest.mark.parametrize("cuts", [0, 3])
+def test_two_gpus_equal_one(cuts):
+    """At a length for which the kernels run in pieces."""
+    *args, do = draw([(1, 8192, 8, 128)] * 4, jnp.bfloat16)
+    args = (*args, jnp.asarray([0.0, *(-(0.5 ** np.arange(2, 9)))], jnp.float32))
+    doc_start = documents(1, 8192, cuts) if cuts else None
+    alone = functools.partial(lightning_attention, doc_start=doc_start)
+    wanted = value_and_gradients(alone, args, do)
+    got = sharded(args, do, Layout("zigzag", 2), 2, doc_start=doc_start)
+    assert_close(got[:4], wanted[:4], 5e-3)
+
+
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 def test_communication_is_independent_of_length(strategy):
     def moved(length):
