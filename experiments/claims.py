@@ -87,7 +87,7 @@ PAPERS: dict[str, list[Section]] = {
         ),
         experiment("transnormer/lightning_generations", lines.lightning_generations, "paper"),
         experiment("transnormer/training_speed", lines.training_speed, "paper"),
-        experiment("transnormer/decoding", lines.decoding),
+        experiment("transnormer/decoding", lines.decoding, "paper"),
         experiment("transnormer/positional_encoding", lines.ablation),
         experiment("transnormer/decay_temperature", lines.ablation),
         experiment("transnormer/gating", lines.ablation),

@@ -359,10 +359,11 @@ def hybrids(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def decoding(rows: Sequence[Row]) -> Iterator[Line]:
-    """Speed and memory after the longest context against the shortest; TNL against softmax."""
-    first, *_, last = sorted({r["context"] for r in rows})
+    """Speed and memory after each model's longest context; TNL against softmax attention."""
+    rows = [r for r in rows if r["tokens_per_second"] is not None]
     at = {(r["model"], r["context"]): r for r in rows}
-    for model in ("TNL", "Transformer"):
+    contexts = {name: sorted(c for n, c in at if n == name) for name in ("TNL", "Transformer")}
+    for model, (first, *_, last) in contexts.items():
         ours, beside = at[model, last], at[model, first]
         what = f"{model}, {ours['parameters'] / 1e6:.0f}M, decoding after {last} tokens"
         speeds = (beside["tokens_per_second"], ours["tokens_per_second"])
@@ -370,6 +371,7 @@ def decoding(rows: Sequence[Row]) -> Iterator[Line]:
         there, here = (f"{r['row_bytes'] / 1e6:,.1f} MB" for r in (beside, ours))
         ratio = ours["row_bytes"] / beside["row_bytes"]
         yield Line(f"{what}, cache per row", f"after {first}", there, here, ratio)
+    last = max(set(contexts["TNL"]) & set(contexts["Transformer"]))
     speeds = (at["Transformer", last]["tokens_per_second"], at["TNL", last]["tokens_per_second"])
     yield _speed(f"decoding after {last} tokens", "our softmax Transformer", *speeds)
 

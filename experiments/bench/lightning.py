@@ -53,7 +53,7 @@ from experiments.bench._lightning_peers import (
 )
 from experiments.bench._lightning_report import claims, plot, table
 from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
-from longctx.device.programs import bytes_needed, compile_all
+from longctx.device.programs import compile_all, does_not_fit
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")
@@ -78,11 +78,10 @@ def groups_for(platform: str) -> dict[str, list[Shape]]:
 
 def fitted(program: Any) -> Any:
     """A compiled program, or its refusal if the device has less memory than it needs."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None or isinstance(program, BaseException) or bytes_needed(program) <= limit:
+    if isinstance(program, BaseException):
         return program
-    gigabytes = (f"{size / 1e9:.1f} GB" for size in (bytes_needed(program), limit))
-    return RuntimeError("needs {} of {} of memory".format(*gigabytes))
+    reason = does_not_fit(program)
+    return program if reason is None else RuntimeError(reason)
 
 
 def errors(results: Sequence[Any], wanted: Sequence[jax.Array]) -> dict[str, float]:

@@ -6,10 +6,11 @@ with the batch that suits it best.
 Command: longctx reproduce experiments/transnormer/decoding.py --scale paper
 Expected: TNL flat in tokens/s and in bytes; the Transformer's cache grows with the context, and
 its speed falls. Steps of one token are timed after so many others; what these were does not
-matter, so that the prompt is not read.
+matter, so that the prompt is not read. A context whose cache the device cannot hold is named.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from flax import nnx
 
 from experiments.bench._timing import time_ms
 from experiments.transnormer.base import PAPER, SMOKE
+from longctx.device.programs import compile_all, does_not_fit
 from longctx.models import MODELS, ModelConfig, build, count_parameters, transformer
 from longctx.nn.cache import Cache
 from longctx.reproduce import Row
 
 # Tokens per second of the paper's 7B models, prompts of 512 (figure 5).
 PAPER_SPEED = {"TNL": 2819.6, "Transformer": 538.0}
-STEPS = 32  # tokens decoded in one call; the cache is copied once for them
+STEPS = 32  # tokens decoded in one call, which writes them behind the context again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +52,25 @@ class Decoding:
     """Tokens per second and bytes of the cache, by model and context."""
 
     def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Time one step of each model at each context."""
+        """Time one step of each model at each context; all are compiled before."""
         del runs  # nothing is trained
         grid = GRIDS[scale]
-        models = {"TNL": grid.model, "Transformer": transformer(grid.model)}
+        models = {
+            name: dataclasses.replace(model, param_dtype=model.dtype)
+            for name, model in (("TNL", grid.model), ("Transformer", transformer(grid.model)))
+        }
+        programs = iter(
+            compile_all(
+                functools.partial(_lower, model, grid.batch, context)
+                for model in models.values()
+                for context in grid.contexts
+            )
+        )
         for name, model in models.items():
-            yield from _time_model(name, model, grid)
+            state = jax.jit(lambda model=model: nnx.state(build(model, rngs=nnx.Rngs(0))))()
+            for context in grid.contexts:
+                row = {"model": name, "parameters": count_parameters(model), "context": context}
+                yield row | _speed(next(programs), state, model, grid.batch, context)
 
     def table(self, rows: Sequence[Row]) -> str:
         """A row per context, columns per model."""
@@ -75,7 +90,9 @@ class Decoding:
             shown = []
             for name in PAPER_SPEED:
                 row = cells[name, context]
-                shown += [f"{row['tokens_per_second']:,.0f}", f"{row['row_bytes'] / 1e6:,.2f}"]
+                speed = row["tokens_per_second"]
+                shown += [row["absent"] if speed is None else f"{speed:,.0f}"]
+                shown += [f"{row['row_bytes'] / 1e6:,.2f}"]
             lines.append(f"| {context} | {' | '.join(shown)} |")
         return "\n".join(lines) + "\n"
 
@@ -89,6 +106,7 @@ class Decoding:
         for axes, (column, label) in zip(panels, shown, strict=True):
             for name in PAPER_SPEED:
                 ours = [(r["context"], r[column]) for r in rows if r["model"] == name]
+                ours = [point for point in ours if point[1] is not None]
                 axes.plot(*zip(*ours, strict=True), "o-", label=name)
             axes.set(xlabel="tokens of context", ylabel=label, yscale="log")
             axes.set_xscale("log", base=2)
@@ -99,34 +117,54 @@ class Decoding:
         figure.savefig(path, dpi=150)
 
 
-def _time_model(name: str, config: ModelConfig, grid: Grid) -> Iterator[Row]:
-    """Time steps of one model; its weights, in the computation's dtype, are made once."""
-    config = dataclasses.replace(config, param_dtype=config.dtype)
-    graph, state = jax.jit(lambda: nnx.split(build(config, rngs=nnx.Rngs(0))))()
+def _cache(config: ModelConfig, batch: int, context: int) -> Cache:
+    """The cache of so many tokens, with room for the steps."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    cache = nnx.merge(graph, state).init_cache(batch, context + STEPS)
+    return Cache(jnp.full(batch, context), cache.memory)
 
-    @jax.jit
-    def decode(state: Any, token: Any, cache: Cache) -> Any:
+
+def _lower(config: ModelConfig, batch: int, context: int) -> jax.stages.Lowered:
+    """(state, token, cache) -> (last token, the cache before the steps); the cache is donated."""
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    cache = jax.eval_shape(lambda: _cache(config, batch, context))
+
+    def decode(state: Any, token: Any, cache: Cache) -> tuple[Any, Cache]:
         def step(carry: Any, _: None) -> tuple[Any, None]:
             logits, cache = nnx.merge(graph, state).decode(*carry)
             return (jnp.argmax(logits, -1).astype(jnp.int32), cache), None
 
-        return jax.lax.scan(step, (token, cache), length=STEPS)[0][0]
+        (token, after), _ = jax.lax.scan(step, (token, cache), length=STEPS)
+        return token, Cache(cache.length, after.memory)
 
-    for context in grid.contexts:
-        cache = nnx.merge(graph, state).init_cache(grid.batch, context + STEPS)
-        cache = Cache(jnp.full(grid.batch, context), cache.memory)
-        token = jnp.zeros(grid.batch, jnp.int32)
-        ms = time_ms(decode, state, token, cache, batches=3) / STEPS
-        size = sum(x.nbytes for x in jax.tree.leaves(cache.memory))
-        yield {
-            "model": name,
-            "parameters": count_parameters(config),
-            "context": context,
-            "batch": grid.batch,
-            "ms": ms,
-            "tokens_per_second": grid.batch / ms * 1e3,
-            "row_bytes": size / grid.batch,
-        }
+    token = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return jax.jit(decode, donate_argnums=2).lower(state, token, cache)
+
+
+def _speed(
+    decode: jax.stages.Compiled, state: Any, config: ModelConfig, batch: int, context: int
+) -> Row:
+    """Milliseconds of a step, or why there are none, and bytes of the cache."""
+    shapes = jax.eval_shape(lambda: _cache(config, batch, context))
+    row = {
+        "batch": batch,
+        "ms": None,
+        "tokens_per_second": None,
+        "row_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.memory)) / batch,
+        "absent": does_not_fit(decode),
+    }
+    if row["absent"] is not None:
+        return row
+    token, cache = jnp.zeros(batch, jnp.int32), jax.jit(lambda: _cache(config, batch, context))()
+
+    def call() -> Any:
+        nonlocal cache
+        last, cache = decode(state, token, cache)
+        return last
+
+    ms = time_ms(call, batches=3) / STEPS
+    return row | {"ms": ms, "tokens_per_second": batch / ms * 1e3}
 
 
 EXPERIMENT = Decoding()

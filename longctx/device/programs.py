@@ -39,4 +39,13 @@ def bytes_needed(program: jax.stages.Compiled) -> int:
     """Memory for its arguments, results and what lives between, by the compiler."""
     memory = program.memory_analysis()
     assert memory is not None, "every backend that we have reports it"
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return held - memory.alias_size_in_bytes  # results that lie where donated arguments lay
+
+
+def does_not_fit(program: jax.stages.Compiled) -> str | None:
+    """What is wrong if the device has less memory than the program needs."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None or bytes_needed(program) <= limit:
+        return None
+    return f"needs {bytes_needed(program) / 1e9:.1f} GB of {limit / 1e9:.1f} GB of memory"
