@@ -14,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.bench.ring import training
+from experiments.bench.ring.topology import TPUS
 from longctx.configs import RUNS
 from longctx.errors import UserError
 from longctx.models import ParallelConfig
@@ -25,6 +27,7 @@ from longctx.train.config import RunConfig
 
 RESULTS = Path(__file__).parent / "results" / "plans.jsonl"
 CONTIGUOUS = ParallelConfig()
+H100S = {count: f"h100:{count}" for count in (4, 8, 16)}
 RING = ParallelConfig(strategy="ring", layout="zigzag")
 
 
@@ -76,6 +79,17 @@ PLANS: Mapping[str, tuple[str, RunConfig]] = {
         "v5e:16x16",
         run("tnl-175b", MeshConfig(fsdp=16, tensor=16), 2**13, 16),
     ),
+    # What `python -m experiments.bench.ring --groups training` times where there are devices.
+    **{
+        f"{name} 385M, {tokens} tokens on each of {count}, {chip}": (
+            topology,
+            training.over(base, count, tokens),
+        )
+        for name, base in training.models(smoke=False).items()
+        for tokens in training.PER_DEVICE[-1:]
+        for chip, topologies in (("H100", H100S), ("v5p", TPUS["v5p"]))
+        for count, topology in topologies.items()
+    },
 }
 
 
