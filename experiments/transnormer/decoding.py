@@ -70,7 +70,7 @@ class Decoding:
             state = jax.jit(lambda model=model: nnx.state(build(model, rngs=nnx.Rngs(0))))()
             for context in grid.contexts:
                 row = {"model": name, "parameters": count_parameters(model), "context": context}
-                yield row | _speed(next(programs), state, model, grid.batch, context)
+                yield {**row, **_speed(next(programs), state, model, grid.batch, context)}
 
     def table(self, rows: Sequence[Row]) -> str:
         """A row per context, columns per model."""
@@ -147,7 +147,7 @@ def _speed(
 ) -> Row:
     """Milliseconds of a step, or why there are none, and bytes of the cache."""
     shapes = jax.eval_shape(lambda: _cache(config, batch, context))
-    row = {
+    row: dict[str, Any] = {
         "batch": batch,
         "ms": None,
         "tokens_per_second": None,
