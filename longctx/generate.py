@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from longctx.compiler import decoding_options
 from longctx.models.decoder import Decoder
 
 
@@ -60,10 +62,19 @@ def generate(
     if lengths is not None and not ((lengths >= 1) & (lengths <= prompts.shape[1])).all():
         raise ValueError(f"{lengths=} must lie in [1, {prompts.shape[1]}]")
     graph, state = nnx.split(model)
-    return _generate(graph, state, prompts, lengths, keys, max_new_tokens, sampling, stop)
+    run = _jitted(jax.default_backend())
+    return run(graph, state, prompts, lengths, keys, max_new_tokens, sampling, stop)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "count", "sampling", "stop"))
+@functools.cache
+def _jitted(platform: str) -> Any:
+    return jax.jit(
+        _generate,
+        static_argnames=("graph", "count", "sampling", "stop"),
+        compiler_options=decoding_options(platform),
+    )
+
+
 def _generate(graph, state, prompts, lengths, keys, count, sampling, stop):
     model = nnx.merge(graph, state)
     batch, length = prompts.shape

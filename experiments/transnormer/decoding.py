@@ -21,6 +21,7 @@ from flax import nnx
 
 from experiments.bench._timing import time_ms
 from experiments.transnormer.base import PAPER, SMOKE
+from longctx.compiler import decoding_options
 from longctx.device.programs import compile_all, does_not_fit
 from longctx.models import MODELS, ModelConfig, build, count_parameters, transformer
 from longctx.nn.cache import Cache
@@ -139,7 +140,8 @@ def _lower(config: ModelConfig, batch: int, context: int) -> jax.stages.Lowered:
         return token, Cache(cache.length, after.memory)
 
     token = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    return jax.jit(decode, donate_argnums=2).lower(state, token, cache)
+    options = decoding_options(jax.default_backend())
+    return jax.jit(decode, donate_argnums=2, compiler_options=options).lower(state, token, cache)
 
 
 def _speed(

@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from longctx.compiler import training_options
 from longctx.eval.nll import MODEL_FIELDS, token_nll
 from longctx.models import build
 from longctx.nn.draw import redraw
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, batch_share, fitting_sharding
-from longctx.train.compiler import compiler_options
 from longctx.train.config import RunConfig
 from longctx.train.optim import make_optimizer, schedule
 
@@ -146,4 +146,4 @@ def make_train_step(config: RunConfig) -> jax.stages.Wrapped:
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, rest, moments), metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(step, donate_argnums=0, compiler_options=training_options())

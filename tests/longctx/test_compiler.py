@@ -1,0 +1,60 @@
+"""That what XLA is told works, by ahead-of-time compiles."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from longctx import generate
+from longctx.data.config import DataConfig
+from longctx.models import LightningConfig, MlpConfig, ModelConfig, build
+from longctx.parallel import MeshConfig, verify_overlap
+from longctx.plan import compile_step
+from longctx.train.config import RunConfig
+from tests.topologies import gpu_mesh
+
+# Each weight's gradient is larger than what is summed together.
+MODEL = ModelConfig(
+    vocab_size=256,
+    width=1024,
+    num_layers=3,
+    lightning=LightningConfig(num_heads=8, head_dim=128),
+    mlp=MlpConfig(width=2048, chunk=1024),
+    remat="block",
+)
+
+
+@pytest.mark.slow
+def test_gpus_compute_while_they_sum_each_gradient():
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(sequence_length=16384, batch_size=1),
+        mesh=MeshConfig(seq=2),
+    )
+    mesh = gpu_mesh({"data": 1, "fsdp": 1, "seq": 2, "tensor": 1})
+    moves = verify_overlap(compile_step(config, mesh)).of("all-reduce")
+    layers = [move for move in moves if move.times == 2]
+    # Of the projections into and out of the attention and of the MLP's.
+    assert sorted(move.bytes / 2**20 for move in layers) == [2, 4, 8, 8]
+    assert not [move for move in layers if move.exposed]
+
+
+@pytest.mark.parametrize(("platform", "copies"), [("gpu", False), ("cpu", True)])
+def test_gpus_read_weights_where_they_lie(platform, copies):
+    """Decoding copies no layer's weights before it multiplies by them; without options it does."""
+    config = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    sharding = NamedSharding(gpu_mesh({"x": 1}), PartitionSpec())
+
+    def on_gpu(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state, prompts = jax.tree.map(on_gpu, (state, jax.ShapeDtypeStruct((4, 8), jnp.int32)))
+    run = generate._jitted(platform)
+    compiled = run.lower(graph, state, prompts, None, None, 4, generate.Sampling(), None).compile()
+    copied = re.findall(r"ROOT %dynamic_slice\S* = bf16\[1,\d+,\S+", compiled.as_text())
+    assert bool(copied) == copies, copied
