@@ -119,7 +119,8 @@ def extrapolated(rows: Sequence[Row]) -> Iterator[Line]:
     for r in rows:
         if r["kind"] == "beside measured":
             measured = {"ms": r["measured_ms"]}
-            yield compare_ms(f"{_sharded(r)}, predicted", measured, r, "ms", "measured")
+            where = f"measured at {r['measured_at']}"
+            yield compare_ms(f"{_sharded(r)}, predicted", measured, r, "ms", where)
         elif r["per_device"] == 32768 and r["kv_heads"] == 8 and r["name"] in ("ring", "usp"):
             ideal, what = {"ms": r["ideal_ms"]}, f"{r['chip']}: {_sharded(r)}"
             yield compare_ms(what, ideal, r, "ms", f"1/{r['devices']} of one device, predicted too")

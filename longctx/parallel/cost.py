@@ -150,8 +150,9 @@ class _Call:
         return self.key_width + self.value_width
 
     @property
-    def group(self) -> int:
-        return self.heads // self.kv_heads
+    def key_heads(self) -> int:
+        """Of all sequences."""
+        return self.batch * self.kv_heads
 
     @property
     def local(self) -> int:
@@ -197,14 +198,14 @@ class _Call:
         hops = pairs.shape[1]
         busiest = self.pair_flops * pairs.max(0)  # all ranks wait for the slowest of a hop
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
-        # The arriving keys are unpacked (read, written), the output is carried in float32.
-        carried = self.batch * self.local * self.heads * self.value_width * 4
-        between = 2 * (kv + carried) / chip.memory + chip.latency
+        forward_traffic, backward_traffic = self.ring_traffic(hops)
         compute = [chip.forward_seconds(f, self.local) for f in busiest]
         link = chip.permute_over(self.devices * self.inner)
         move = kv / link + chip.latency
-        forward = sum(max(c, move) for c in compute[:-1]) + compute[-1] + between * (hops - 1)
-        compute = [chip.backward_seconds(f, self.local, self.group) for f in busiest]
+        launched = chip.latency * (hops - 1)
+        forward = sum(max(c, move) for c in compute[:-1]) + compute[-1]
+        forward += forward_traffic / chip.memory + launched
+        compute = [chip.backward_seconds(f, self.local, self.key_heads) for f in busiest]
         gradient = dkv / link + chip.latency
         backward = compute[0]
         if hops > 1:  # moves per hop: keys out, none or keys and gradients, gradients home
@@ -212,7 +213,7 @@ class _Call:
             moves = [m + (move if hop + 2 < hops else 0) for hop, m in enumerate(moves)]
             backward = max(compute[0] / 2, move) + max(compute[0] / 2, gradient)
             backward += sum(max(c, m) for c, m in zip(compute[1:], moves, strict=True))
-            backward += (between + 2 * dkv / chip.memory) * (hops - 1)
+            backward += backward_traffic / chip.memory + launched
         return Cost(
             strategy="ring",
             flops=float(busiest.sum()),
@@ -222,6 +223,26 @@ class _Call:
             backward_seconds=backward,
             overlap_threshold=self.threshold(),
         )
+
+    def ring_traffic(self, hops: int) -> tuple[float, float]:
+        """Bytes that a device reads and writes for the ring's sake: forward, backward.
+
+        Counted in bfloat16 programs for H100 with D = E, what kernels carry in float32 included.
+        """
+        if hops == 1:
+            return 0.0, 0.0
+        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
+        carried = self.batch * self.local * self.heads * self.value_width * 4
+        # Keys and values are stacked once. The output goes from hop to hop in float32.
+        forward = 2 * kv + 2 * carried * (hops - 1)
+        # A hop writes its gradients, reads them and the sum that arrived, and writes the next sum.
+        backward = 4 * dkv * (hops - 1)
+        # Keys and sums travel together in `joined` messages: both are copied into the first, keys
+        # are copied out of each, and sums out of all but the last.
+        joined = hops - 3
+        if joined > 0:
+            backward += 2 * (kv + dkv) * joined + 2 * kv
+        return forward, backward
 
     def threshold(self) -> int:
         """Tokens per device from which a hop computes for longer than its keys travel.
@@ -251,7 +272,7 @@ class _Call:
             forward_bytes=kv * others,
             backward_bytes=(kv + dkv) * others,
             forward_seconds=gather + chip.forward_seconds(flops, block),
-            backward_seconds=gather + scatter + chip.backward_seconds(flops, block, self.group),
+            backward_seconds=gather + scatter + chip.backward_seconds(flops, block, self.key_heads),
             overlap_threshold=None,
         )
 

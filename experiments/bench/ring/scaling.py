@@ -4,7 +4,8 @@ Nothing here is measured. Every row is what `longctx.parallel.explain` predicts 
 backward pass (bf16, causal, D 128, batch 1), and the share of the ideal, which is one device's
 predicted time for the whole sequence divided by the devices. The assumptions are listed in
 docs/guides/scaling.md. Where results/ring_ideal.jsonl and ring_strategies.jsonl have measured
-times, each stands beside its prediction.
+times, each stands beside its prediction, with the commit of which it is: the model is of the code
+as it is now.
 
 Writes results/ring_scaling.jsonl and draws a chart from it.
 """
@@ -93,7 +94,7 @@ def beside_measured(path: Path) -> Iterator[dict[str, Any]]:
         cost = predicted(case if case.devices > 1 else case._replace(name="ring"), chip)
         if cost is not None and case.name != "cudnn":
             seconds = cost.forward_seconds if case.which == PASSES[0] else cost.seconds
-            both = {"ms": 1e3 * seconds, "measured_ms": row["ms"]}
+            both = {"ms": 1e3 * seconds, "measured_ms": row["ms"], "measured_at": row["commit"]}
             yield {"kind": "beside measured", "chip": chip.name, **case._asdict(), **both}
 
 
