@@ -146,7 +146,7 @@ def _lower(config: ModelConfig, batch: int, context: int) -> jax.stages.Lowered:
 
 def _speed(
     decode: jax.stages.Compiled, state: Any, config: ModelConfig, batch: int, context: int
-) -> Row:
+) -> dict[str, Any]:
     """Milliseconds of a step, or why there are none, and bytes of the cache."""
     shapes = jax.eval_shape(lambda: _cache(config, batch, context))
     row: dict[str, Any] = {
