@@ -26,6 +26,8 @@ def test_arms_differ_by_their_mixers_alone():
     for run in runs.values():
         assert run.data.source == "task:mqar-often+mqar+mqar-64+needle"
         assert (run.data, run.optim) == (runs["softmax"].data, runs["softmax"].optim)
+        residual = run.model.residual
+        assert residual.mlp[1] < residual.softmax[1] == residual.lightning[1] < 1
 
 
 def rows(arm, mqar, needle, speed):
