@@ -10,13 +10,13 @@ lightning below with 64 pairs, about what its states can hold. Some minutes a mo
 Every model is trained on all the tasks in turn, on bytes, and then scored at its length and beyond.
 The weights' first spread is width^-1/2 instead of 0.02: in models this narrow recall is learned
 much later otherwise. Random sublayers of that spread bury the token's own embedding, by which keys
-are matched, so `RESIDUAL` weighs down what they add: tiny softmax models of two and four layers on
-a CPU (width 64, four pairs, 32 tokens) guessed among an episode's values for all of 800 steps
-without it, and began to recall within 300 with the MLPs' weight; eight layers did in 400 only with
-the mixers' too. So did 7 lightning : 1; 1 lightning : 1 did not in 450, with these weights or
-others. RoPE's wavelengths end near the trained length, so that most of its features tell neighbours
-apart; with the usual base of 10000 tiny models did not learn to look one token back in as many
-steps.
+are matched, so `RESIDUAL` weighs down what they add. On a CPU (width 64, heads of 32, 4 pairs, 32
+tokens, one seed) softmax models of two and four layers guessed among an episode's values for all of
+800 steps without it, and began to recall within 300 with the MLPs' weight; eight layers did in 400
+only with the mixers' too. One head of 64 began without any. 7 lightning : 1 began within 400 with
+these weights; 1 lightning : 1 did not in 450, with these or others. RoPE's wavelengths end near the
+trained length, so that most of its features tell neighbours apart; with the usual base of 10000
+tiny models did not learn to look one token back in as many steps.
 """
 
 import dataclasses
