@@ -32,9 +32,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # and takes nearly all if need be
-
 import jax
 import jax.numpy as jnp
 
@@ -148,6 +145,10 @@ def add_floors(rows: list[dict], rate: float) -> None:
 
 def main() -> None:
     """Measure the groups asked for."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"
+    )  # and takes nearly all if needed
     platform = jax.default_backend()
     groups = groups_for(platform)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -2,11 +2,13 @@
 
 import jax
 
-from longctx.provenance import origin, read_rows, write_rows
+from longctx.provenance import SETTINGS, origin, read_rows, write_rows
 
 
 def test_rows_keep_what_they_hold_and_say_where_they_come_from(tmp_path, monkeypatch):
     jax.devices()  # before the flags below, which XLA does not know
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
     monkeypatch.setenv("XLA_FLAGS", "--a --b")
     path = tmp_path / "new" / "rows.jsonl"
