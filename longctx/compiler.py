@@ -26,8 +26,6 @@ TRAINING_ON_GPU = {
     "xla_gpu_all_reduce_combine_threshold_bytes": str(2**20),
     "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
 }
-
-
 # The layers of a model are slices of one array. By default XLA copies a layer's weights before it
 # multiplies a few tokens by them, three times the traffic; its own kernels know no other way.
 DECODING_ON_GPU = {

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from longctx.cli import parse
+from longctx.device.programs import bytes_needed
 from longctx.errors import UserError
 from longctx.eval.nll import MODEL_FIELDS
 from longctx.models import count_parameters
@@ -126,13 +127,12 @@ def bytes_per_device(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Memory that a compiled training step needs, by the compiler."""
     memory = compiled.memory_analysis()
     assert memory is not None, "compilers for accelerators report memory"
-    # The state is donated: outputs that alias arguments need no memory of their own.
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "state_and_batch": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
-        "outputs": outputs,
-        "all": memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs,
+        # The state is donated: outputs that alias arguments need no memory of their own.
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "all": bytes_needed(compiled),
     }
 
 

@@ -17,10 +17,10 @@ from experiments.bench.ring.training import USABLE
 from experiments.ring_attention.max_context import METHODS, TINY_MODEL, Pod, attention_of, run
 from experiments.transnormer.base import PAPER
 from experiments.transnormer.training_speed import time_steps
-from longctx.device.programs import compile_all
+from longctx.device.programs import bytes_needed, compile_all
 from longctx.models import transformer
 from longctx.parallel.mesh import make_mesh
-from longctx.plan import bytes_per_device, lower_step
+from longctx.plan import lower_step
 from longctx.train.config import RunConfig
 
 MODEL = dataclasses.replace(transformer(PAPER.model), remat="block")
@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def needed(steps: Steps) -> dict[int, int]:
     """Bytes of a device, by the compiler, by length."""
-    return {length: bytes_per_device(step)["all"] for length, step in steps.items()}
+    return {length: bytes_needed(step) for length, step in steps.items()}
 
 
 def longest(found: Mapping[int, int], limit: float) -> int:
@@ -113,7 +113,7 @@ def tried(cell: Cell, steps: Steps) -> dict[str, Any]:
         (timed,) = time_steps("Transformer", [config], [steps[length]], mesh, repeats=1)
         row = {"length": length, "parameters": timed["parameters"], "ran": "seconds" in timed}
         row |= {name: timed[name] for name in ("seconds", "failed") if name in timed}
-        row |= {"bytes": bytes_per_device(steps[length])["all"]}
+        row |= {"bytes": bytes_needed(steps[length])}
         if row["ran"]:
             break
     return row

@@ -16,11 +16,11 @@ import jax
 from experiments.transnormer.base import PAPER, SMOKE
 from experiments.transnormer.training_speed import time_steps
 from longctx.data.config import DataConfig
-from longctx.device.programs import compile_all
+from longctx.device.programs import bytes_needed, compile_all
 from longctx.errors import UserError
 from longctx.models import ModelConfig, ParallelConfig, transformer
 from longctx.parallel.mesh import MeshConfig, make_mesh
-from longctx.plan import bytes_per_device, lower_step
+from longctx.plan import lower_step
 from longctx.train.config import RunConfig
 
 # What the runtime and fragmentation take of a device's memory, roughly.
@@ -143,7 +143,7 @@ def longest(
       UserError: not even the shortest length fits.
     """
     grain, lengths = run.model.mlp.chunk, probed(run)
-    needed = [bytes_per_device(step)["all"] for step in probes]
+    needed = [bytes_needed(step) for step in probes]
     per_token = (needed[1] - needed[0]) / (lengths[1] - lengths[0])
     local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // grain * grain
     if local < grain:
