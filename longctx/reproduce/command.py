@@ -27,20 +27,24 @@ class ReproduceOptions:
     # Training runs at once, each in a process of its own, all on the same device. Their compiling,
     # reading and saving overlaps then; speeds are measured afterwards, one at a time.
     jobs: int = 1
+    # NVIDIA GPUs that the jobs are dealt out over, one each in turn.
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         if bool(self.files) == self.all:
             raise ValueError("give experiment files or --all, and not both")
         if self.jobs < 1:
             raise ValueError(f"jobs={self.jobs} must be at least 1")
+        if not 1 <= self.gpus <= self.jobs:
+            raise ValueError(f"gpus={self.gpus} must be from 1 to jobs={self.jobs}")
 
 
 def reproduce(arguments: Sequence[str]) -> None:
-    """`longctx reproduce FILE... [--scale SCALE] [--out DIR] [--jobs N]`."""
+    """`longctx reproduce FILE... [--scale SCALE] [--out DIR] [--jobs N] [--gpus N]`."""
     options = parse(ReproduceOptions, "reproduce", arguments)
     files = sorted(experiment_files(Path("experiments"))) if options.all else options.files
     try:
-        measure(files, options.scale, options.out, options.jobs)
+        measure(files, options.scale, options.out, options.jobs, options.gpus)
     except ValueError as error:
         raise UserError(str(error)) from error
 

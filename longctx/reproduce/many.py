@@ -9,7 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+
+import jax
 
 from longctx.errors import UserError
 from longctx.reproduce.experiment import Study, Whole
@@ -19,12 +22,15 @@ from longctx.reproduce.speed import timed
 type Task = tuple[Study, int]  # a study and the number of one of its parts
 
 
-def reproduce(files: Sequence[Path], scale: str, out: Path, jobs: int = 1) -> list[Path]:
+def reproduce(
+    files: Sequence[Path], scale: str, out: Path, jobs: int = 1, gpus: int = 1
+) -> list[Path]:
     """Measure experiments; write results.jsonl, table.md and figure.png of each.
 
     What was measured before into `out` is kept: an interrupted call goes on where it stopped. With
-    several `jobs` so many processes share the device, and some train while others compile; speeds
-    are measured later, one at a time; experiments that are not divided come last, in this process.
+    several `jobs` so many processes share the device, or the first `gpus` in turn, and some train
+    while others compile; speeds are measured later, one at a time; experiments that are not divided
+    come last, in this process.
 
     Returns:
       The folders of the results, `out/<paper>/<experiment>/<scale>`.
@@ -42,7 +48,7 @@ def reproduce(files: Sequence[Path], scale: str, out: Path, jobs: int = 1) -> li
     waiting = {study.name: study for study in studies}
     failed: list[str] = []
     try:
-        with _workers(jobs) as each:
+        with _workers(jobs, gpus) as each:
             for step, todo in ((_measure, tasks), (_time, timings)):
                 for study, error in each(step, todo):
                     failed += error
@@ -73,7 +79,7 @@ type Each = Callable[[Step, Sequence[Task]], Iterator[tuple[Study, list[str]]]]
 
 
 @contextlib.contextmanager
-def _workers(jobs: int) -> Iterator[Each]:
+def _workers(jobs: int, gpus: int) -> Iterator[Each]:
     """What takes a step for each task, in several processes or (of one job) in this one.
 
     It yields the study of each task when it is done, and how it failed. In this process a failure
@@ -84,13 +90,22 @@ def _workers(jobs: int) -> Iterator[Each]:
         return
     # Otherwise the first process would take most of the device's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, _take_gpu, (context.Value("i", 0), gpus))
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # no process stays behind
     try:
         yield functools.partial(_at_once, pool)
     finally:
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGTERM, former)
+
+
+def _take_gpu(started: "Synchronized[int]", gpus: int) -> None:
+    """Keep a new process to one of several GPUs, the next in turn."""
+    with started:
+        number, started.value = started.value, started.value + 1
+    if gpus > 1:
+        jax.config.update("jax_cuda_visible_devices", str(number % gpus))
 
 
 def _in_turn(step: Step, tasks: Sequence[Task]) -> Iterator[tuple[Study, list[str]]]:

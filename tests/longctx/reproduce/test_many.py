@@ -1,6 +1,7 @@
 """Parts of experiments: measured once, by one process or several, and shown when some fail."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,17 @@ def test_what_was_measured_before_a_failure_is_shown(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="broken on purpose"):
         reproduce([str(STUDY), "--out", str(tmp_path)])
     assert (tmp_path / "reproduce" / "study" / "smoke" / "table.md").read_text() == "first None\n"
+
+
+def test_jobs_are_dealt_out_over_gpus(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(many.jax.config, "update", lambda name, value: chosen.append(value))
+    started = multiprocessing.Value("i", 0)
+    for _ in range(5):
+        many._take_gpu(started, 3)
+    assert chosen == ["0", "1", "2", "0", "1"]
+    many._take_gpu(started, 1)  # one GPU: whatever the processes see
+    assert len(chosen) == 5
+    with pytest.raises(SystemExit):
+        reproduce([str(STUDY), "--jobs", "2", "--gpus", "3"])
+    assert "gpus=3 must be from 1 to jobs=2" in capsys.readouterr().err
