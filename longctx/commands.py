@@ -47,13 +47,16 @@ class TrainOptions:
     launch: LaunchConfig = ONE_OR_FOUND
 
 
+IN_FILE = ".py:"  # between a file and the name of a run in it, which may have colons too
+
+
 def train(arguments: Sequence[str]) -> None:
     """`longctx train NAME [--out DIR] [overrides]`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(TRAIN_HELP)
         return
     name, *overrides = arguments
-    default = TrainOptions(find_run(name), pathlib.Path("runs") / name.rpartition(":")[2])
+    default = TrainOptions(find_run(name), pathlib.Path("runs") / name.rpartition(IN_FILE)[2])
     _launch(parse(TrainOptions, f"train {name}", overrides, default=default))
 
 
@@ -110,11 +113,12 @@ def find_run(name: str) -> RunConfig:
     Raises:
       UserError: there is no such run.
     """
-    path, colon, entry = name.rpartition(":")
-    if not colon:
+    stem, in_file, entry = name.partition(IN_FILE)
+    if not in_file:
         if name not in RUNS:
             raise UserError(f"unknown run {name!r}; there are {', '.join(RUNS)}, and file.py:NAME")
         return RUNS[name]
+    path = f"{stem}.py"
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
         raise UserError(f"{path!r} is not a Python file")

@@ -115,6 +115,7 @@ def test_a_start_that_fails_claims_no_directory(run_file, tmp_path, capsys, monk
 def test_runs_in_files(run_file, capsys):
     assert find_run(f"{run_file}:small").train.steps == 20
     assert find_run(f"{run_file}:WIDE").model.width == 64
+    assert find_run("experiments/hybrids/recall.py:1 lightning : 1").model.num_layers == 8
     message = refusal(capsys, "train", f"{run_file}:large")
     assert "has no RunConfig 'large'; its RUNS are small" in message
 
