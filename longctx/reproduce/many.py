@@ -12,8 +12,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
-import jax
-
 from longctx.errors import UserError
 from longctx.reproduce.experiment import Study, Whole
 from longctx.reproduce.part import Part, measured, run_name
@@ -53,7 +51,7 @@ def reproduce(
                 for study, error in each(step, todo):
                     failed += error
                     study.collect()
-                    steps[study.name] -= 1
+                    steps[study.name] -= not error
                     if not steps[study.name]:
                         waiting.pop(study.name).show()
         for study in studies:
@@ -61,12 +59,21 @@ def reproduce(
                 study.measure()
                 waiting.pop(study.name).show()
     finally:
-        for study in waiting.values():  # what there is of those that were interrupted
-            if study.results.exists() and study.results.stat().st_size:
-                study.show()
+        for study in waiting.values():
+            _show_unfinished(study)
     if failed:
         raise UserError(f"{len(failed)} parts failed: {'; '.join(failed)}")
     return [study.folder for study in studies]
+
+
+def _show_unfinished(study: Study) -> None:
+    """What there is of a study that was interrupted, or of which parts failed."""
+    if not study.results.exists() or not study.results.stat().st_size:
+        return
+    try:
+        study.show()
+    except (LookupError, ValueError) as error:  # the base of all comparisons, for instance
+        print(f"{study.name}: too little was measured for a table, {error!r} is missing")
 
 
 def _part(task: Task) -> Part:
@@ -101,11 +108,18 @@ def _workers(jobs: int, gpus: int) -> Iterator[Each]:
 
 
 def _take_gpu(started: "Synchronized[int]", gpus: int) -> None:
-    """Keep a new process to one of several GPUs, the next in turn."""
+    """Keep a new process to one of the first GPUs that it may use, the next in turn.
+
+    By CUDA's own variable: kernels fail where the process sees other GPUs than JAX.
+    """
     with started:
         number, started.value = started.value, started.value + 1
     if gpus > 1:
-        jax.config.update("jax_cuda_visible_devices", str(number % gpus))
+        usable = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        found = usable.split(",") if usable else [str(n) for n in range(gpus)]
+        if len(found) < gpus:
+            raise UserError(f"gpus={gpus} must be at most {len(found)}, which CUDA may use")
+        os.environ["CUDA_VISIBLE_DEVICES"] = found[number % gpus]
 
 
 def _in_turn(step: Step, tasks: Sequence[Task]) -> Iterator[tuple[Study, list[str]]]:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -45,14 +46,33 @@ def test_what_was_measured_before_a_failure_is_shown(tmp_path, monkeypatch):
 
 
 def test_jobs_are_dealt_out_over_gpus(monkeypatch, capsys):
-    chosen = []
-    monkeypatch.setattr(many.jax.config, "update", lambda name, value: chosen.append(value))
-    started = multiprocessing.Value("i", 0)
-    for _ in range(5):
-        many._take_gpu(started, 3)
-    assert chosen == ["0", "1", "2", "0", "1"]
-    many._take_gpu(started, 1)  # one GPU: whatever the processes see
-    assert len(chosen) == 5
+    def taken(usable, gpus, count):
+        started, found = multiprocessing.Value("i", 0), []
+        for _ in range(count):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", usable)
+            many._take_gpu(started, gpus)
+            found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return found
+
+    assert taken("", 3, 5) == ["0", "1", "2", "0", "1"]
+    assert taken("4,5,7", 2, 3) == ["4", "5", "4"]
+    assert taken("4,5", 1, 2) == ["4,5", "4,5"]
+    with pytest.raises(UserError, match="gpus=3 must be at most 2"):
+        taken("4,5", 3, 1)
     with pytest.raises(SystemExit):
         reproduce([str(STUDY), "--jobs", "2", "--gpus", "3"])
     assert "gpus=3 must be from 1 to jobs=2" in capsys.readouterr().err
+
+
+def test_a_study_without_its_base_arm_is_no_second_failure(tmp_path, monkeypatch, capsys):
+    study = many.Study(STUDY, "smoke", tmp_path)
+    study.results.parent.mkdir(parents=True)
+    many._show_unfinished(study)  # nothing is there yet
+    study.results.write_text("{}\n")
+
+    def table(self, rows):
+        raise KeyError("base")
+
+    monkeypatch.setattr(type(study.experiment), "table", table)
+    many._show_unfinished(study)
+    assert "too little was measured" in capsys.readouterr().out
