@@ -154,6 +154,8 @@ def test_the_longest_length_lies_between_two_probes():
     assert methods.longest(quadratic, 200**2) == 128 + 3 * 16  # the chord says 176.9
     assert methods.longest(quadratic, 512**2) == 512
     assert methods.longest(quadratic, 1) == 64
+    refused = {256: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")}  # tried while compiling
+    assert methods.longest(quadratic | methods.needed(refused), 200**2) == 128
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ by the ring on all of them.
 import argparse
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,9 +28,11 @@ MODEL = dataclasses.replace(transformer(PAPER.model), remat="block")
 # Tokens on a device in the steps that are compiled first, for devices of some 12 GB.
 PROBES = {"vanilla": (4096, 8192, 16384), "others": (32768, 65536, 131072)}
 SMOKE_PROBES = {"vanilla": (64, 128, 256), "others": (128, 256, 512)}
+REFUSALS = (jax.errors.JaxRuntimeError,)
 PARTS = 8  # of the distance of two probes, in which the length between them is found
 
-type Steps = Mapping[int, jax.stages.Compiled]  # by length
+# By length; or why one was not compiled: XLA tries kernels on the device, which may be too small.
+type Steps = Mapping[int, jax.stages.Compiled | jax.errors.JaxRuntimeError]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +76,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     memory = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
     todo, limit = list(cells(options)), USABLE * memory
-    compiled = iter(compile_all(functools.partial(c.lower, n) for c in todo for n in c.probes))
+    lowerings = (functools.partial(c.lower, n) for c in todo for n in c.probes)
+    compiled = iter(compile_all(lowerings, REFUSALS))
     steps = [{n: next(compiled) for n in cell.probes} for cell in todo]
     between = [longest(needed(found), limit) for found in steps]
-    last = compile_all(functools.partial(c.lower, n) for c, n in zip(todo, between, strict=True))
+    lowerings = (functools.partial(c.lower, n) for c, n in zip(todo, between, strict=True))
+    last = compile_all(lowerings, REFUSALS)
     for cell, found, length, step in zip(todo, steps, between, last, strict=True):
         fits = {n: s for n, s in {**found, length: step}.items() if needed({n: s})[n] <= limit}
         about = {"method": cell.method, "devices": cell.devices, "memory_bytes": memory}
@@ -84,12 +89,15 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"group": "methods", **about, **tried(cell, fits)}
 
 
-def needed(steps: Steps) -> dict[int, int]:
-    """Bytes of a device, by the compiler, by length."""
-    return {length: bytes_needed(step) for length, step in steps.items()}
+def needed(steps: Steps) -> dict[int, float]:
+    """Bytes of a device, by the compiler, by length; infinite where it found too little room."""
+    return {
+        length: math.inf if isinstance(step, REFUSALS) else bytes_needed(step)
+        for length, step in steps.items()
+    }
 
 
-def longest(found: Mapping[int, int], limit: float) -> int:
+def longest(found: Mapping[int, float], limit: float) -> int:
     """The longest length that fits into `limit`, told from the bytes of probes by length.
 
     Memory grows linearly with the length or faster: between two probes it is below their chord.
