@@ -1,10 +1,11 @@
 """What a strategy costs: bytes, FLOPs and seconds per device, and which one is cheapest.
 
 The model, each term of it named where it is computed: attention runs at a fixed share of the
-chip's peak, less for short blocks; a ring's hop takes the longer of its compute (of the busiest
-rank) and its move; every other collective is exposed. A backward pass has 2.5 times the products
-of a forward pass. Devices are joined in islands (the GPUs of a host, the chips of a TPU slice);
-between islands every device has a slower link of its own.
+chip's peak, less where rows see few keys; a ring's hop takes the longer of its compute (of the
+busiest rank) and its move, and a part of the shorter; every other collective is exposed. A
+backward pass has 2.5 times the products of a forward pass; by blocks of keys it may wait for
+memory. Devices are joined in islands (the GPUs of a host, the chips of a TPU slice); between
+islands every device has a slower link of its own.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from longctx.parallel.hardware import HARDWARE, Hardware
 from longctx.parallel.layout import Layout
 from longctx.parallel.shards import Shards
 from longctx.parallel.ulysses import kv_copies
+
+KEYS_OF_A_TILE = 128  # of the GPU kernel that makes dk and dv
 
 Strategy = Literal["ring", "all_gather", "ulysses", "usp"]
 
@@ -150,11 +153,6 @@ class _Call:
         return self.key_width + self.value_width
 
     @property
-    def key_heads(self) -> int:
-        """Of all sequences."""
-        return self.batch * self.kv_heads
-
-    @property
     def local(self) -> int:
         return self.length // self.devices
 
@@ -193,30 +191,60 @@ class _Call:
     def shards(self) -> Shards:
         return Shards("seq", self.devices, self.layout, self.length, window=self.window)
 
+    def forward(self, pairs: float) -> float:
+        """Seconds of one forward of this device's queries over some keys, `pairs` in all."""
+        chip = self.hardware
+        work = pairs + chip.forward_keys * self.local
+        return self.pair_flops * work / (chip.flops * chip.forward)
+
+    def backward(self, pairs: float, *, whole: bool = False) -> float:
+        """Seconds of one backward over some keys, or over those of a `whole` sequence.
+
+        Each core takes a tile of keys, and goes through the queries that see it, of all heads of
+        its group. With a whole sequence's keys no time is lost to memory; with a block of them
+        cores are at different rows, and the cache keeps a part of what lies between these.
+        """
+        chip = self.hardware
+        work = pairs + chip.backward_keys * self.local
+        products = 2.5 * self.pair_flops * work / (chip.flops * chip.backward)
+        if whole:
+            return products
+        read = self.widths * self.itemsize  # q and do of a row of a head
+        dq = 4 * self.key_width
+        rows = min(self.local, chip.cores * KEYS_OF_A_TILE)
+        between = rows * self.heads // self.kv_heads * (read + dq)
+        missed = max(0.0, 1 - chip.cache / between)
+        tiles = pairs * self.batch * self.heads / KEYS_OF_A_TILE
+        return max(products, missed * tiles * (read + 2 * dq) / chip.memory)
+
+    def hidden(self, compute: float, move: float) -> float:
+        """Seconds of a move behind compute, which it slows down."""
+        return max(compute, move) + self.hardware.contention * min(compute, move)
+
     def ring(self) -> Cost:
-        chip, pairs = self.hardware, self.pairs
-        hops = pairs.shape[1]
-        busiest = self.pair_flops * pairs.max(0)  # all ranks wait for the slowest of a hop
+        chip = self.hardware
+        hops = self.pairs.shape[1]
+        busiest = self.pairs.max(0)  # all ranks wait for the slowest of a hop
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
         forward_traffic, backward_traffic = self.ring_traffic(hops)
-        compute = [chip.forward_seconds(f, self.local) for f in busiest]
         link = chip.permute_over(self.devices * self.inner)
-        move = kv / link + chip.latency
-        launched = chip.latency * (hops - 1)
-        forward = sum(max(c, move) for c in compute[:-1]) + compute[-1]
-        forward += forward_traffic / chip.memory + launched
-        compute = [chip.backward_seconds(f, self.local, self.key_heads) for f in busiest]
-        gradient = dkv / link + chip.latency
-        backward = compute[0]
-        if hops > 1:  # moves per hop: keys out, none or keys and gradients, gradients home
-            moves = [0.0] + [gradient] * (hops - 2)
+        move, gradient = (size / link + chip.latency for size in (kv, dkv))
+        masked = hops - 1 if self.causal else 0
+        compute = [self.forward(pairs) for pairs in busiest]
+        forward = sum(self.hidden(c, move) for c in compute[:-1]) + compute[-1]
+        forward += forward_traffic / chip.memory + masked * chip.forward_mask
+        backward = self.backward(busiest[0], whole=True)
+        if hops > 1:
+            half = self.backward(busiest[0] / 2)  # of the rank's own keys
+            compute = [self.backward(pairs) for pairs in busiest[1:]]
+            moves = [0.0] + [gradient] * (hops - 2)  # behind each: keys too, but for the last
             moves = [m + (move if hop + 2 < hops else 0) for hop, m in enumerate(moves)]
-            backward = max(compute[0] / 2, move) + max(compute[0] / 2, gradient)
-            backward += sum(max(c, m) for c, m in zip(compute[1:], moves, strict=True))
-            backward += backward_traffic / chip.memory + launched
+            backward = self.hidden(half, move) + self.hidden(half, gradient)
+            backward += sum(map(self.hidden, compute, moves))
+            backward += backward_traffic / chip.memory + masked * chip.backward_mask
         return Cost(
             strategy="ring",
-            flops=float(busiest.sum()),
+            flops=float(self.pair_flops * busiest.sum()),
             forward_bytes=kv * (hops - 1),
             backward_bytes=(kv + dkv) * (hops - 1),
             forward_seconds=forward,
@@ -256,23 +284,21 @@ class _Call:
         return math.ceil(rate * per_key / (2 * self.heads * share))
 
     def all_gather(self) -> Cost:
-        chip, pairs = self.hardware, self.pairs
-        flops = float(self.pair_flops * pairs.sum(1).max())
-        block = math.isqrt(self.local * self.length)  # its queries and all keys
+        chip, pairs = self.hardware, float(self.pairs.sum(1).max())
         others = self.devices - 1
         kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
-        # All keys are put in position order: read and written once.
+        # All keys are put in position order, their gradients back: read and written once.
         link = chip.gather_over(self.devices)
         gather = kv * others / link + chip.latency + 2 * kv * self.devices / chip.memory
-        scatter = dkv * others / link + chip.latency
-        scatter += 2 * dkv * self.devices / chip.memory
+        scatter = dkv * others / link + chip.latency + 2 * dkv * self.devices / chip.memory
+        masks = (chip.forward_mask, chip.backward_mask) if self.causal else (0.0, 0.0)
         return Cost(
             strategy="all_gather",
-            flops=flops,
+            flops=self.pair_flops * pairs,
             forward_bytes=kv * others,
-            backward_bytes=(kv + dkv) * others,
-            forward_seconds=gather + chip.forward_seconds(flops, block),
-            backward_seconds=gather + scatter + chip.backward_seconds(flops, block, self.key_heads),
+            backward_bytes=dkv * others,
+            forward_seconds=gather + self.forward(pairs) + masks[0],
+            backward_seconds=scatter + self.backward(pairs) + masks[1],
             overlap_threshold=None,
         )
 

@@ -8,34 +8,28 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """One device and its links: per second, in FLOPs of bfloat16 products and in bytes."""
+    """One device and its links: per second, in FLOPs of bfloat16 products and in bytes.
+
+    What is not told is taken to cost nothing.
+    """
 
     name: str
     flops: float
-    memory: float
+    memory: float  # what copies reach
     permute: float  # to one neighbour
     exchange: float  # out of one device in an all-gather or all-to-all
     latency: float  # seconds, of one collective
-    forward: float = 0.635  # share of `flops` that attention reaches on long blocks
-    backward: float = 0.545
-    forward_half: int = 420  # tokens of a block that runs at half of that share
-    backward_half: int = 1000  # and `backward_tail` more for one key head, half of it for two
-    backward_tail: int = 0  # where one core does all
+    forward: float = 0.65  # share of `flops` that attention reaches where rows see many keys
+    backward: float = 0.55
+    forward_keys: int = 270  # so many more keys each row seems to see: tiles that are half masked,
+    backward_keys: int = 515  # what begins and ends a tile, cores that find no tile
+    forward_mask: float = 0.0  # seconds to find the tiles of a block that arrived or was gathered
+    backward_mask: float = 0.0
+    contention: float = 0.0  # of the time of a hidden move, what the compute takes longer for it
+    cache: float = math.inf  # bytes, of all cores (L2)
+    cores: int = 1  # each at one tile of keys in a backward
     island: int = 2**30  # neighbours along the sequence that `permute` and `exchange` join
     between: float = math.inf  # out of one device to another island
-
-    def forward_seconds(self, flops: float, tokens: int) -> float:
-        """Time for a forward's products of attention on blocks of `tokens` rows."""
-        return flops / (self.flops * self.forward * tokens / (tokens + self.forward_half))
-
-    def backward_seconds(self, flops: float, tokens: int, key_heads: int) -> float:
-        """Of the backward that belongs to a forward of `flops`, over `key_heads` in all sequences.
-
-        A GPU's multiprocessors share out tiles of keys, each with all the queries of its group.
-        Those that find no tile left wait for the last: the fewer tiles, the larger a part of all.
-        """
-        half = self.backward_half + self.backward_tail / key_heads
-        return 2.5 * flops / (self.flops * self.backward * tokens / (tokens + half))
 
     def permute_over(self, devices: int) -> float:
         """Rate of a hop around so many: where islands meet, one device's link carries it."""
@@ -52,19 +46,27 @@ class Hardware:
         return self.exchange if devices <= self.island else min(self.exchange, self.between)
 
 
-# By a part of jax's device kind. Peaks and links from the makers' sheets, one way per link (TPU: an
-# axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). Measured: the permute of H100
-# and H200, 297 GB/s, and the shares, on one H100 (tests/longctx/parallel/test_cost.py).
-_GPU = {"island": 8, "between": 50e9, "backward_tail": 11000}
+# By a part of jax's device kind. Peaks, memory, caches and links from the makers' sheets, one way
+# per link (TPU: an axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). Measured on
+# H100s: the permute, 297 GB/s (H200s too), and what tests/longctx/parallel/test_cost.py compares:
+# the shares, masks, contention, and that copies reach 80% of a GPU's memory rate.
+_MASKS = {"forward_mask": 50e-6, "backward_mask": 110e-6}
+_GPU = _MASKS | {"contention": 0.15, "island": 8, "between": 50e9}
+_HOPPER = _GPU | {"cache": 50e6, "cores": 132}
 HARDWARE = {
-    "H100": Hardware("H100", 989e12, 3.35e12, 297e9, 297e9, 15e-6, **_GPU),
-    "H200": Hardware("H200", 989e12, 4.8e12, 297e9, 297e9, 15e-6, **_GPU),
-    "B200": Hardware("B200", 2250e12, 8e12, 600e9, 600e9, 15e-6, **_GPU),
+    "H100": Hardware("H100", 989e12, 2.68e12, 297e9, 297e9, 13e-6, **_HOPPER),
+    "H200": Hardware("H200", 989e12, 3.84e12, 297e9, 297e9, 13e-6, **_HOPPER),
+    "B200": Hardware("B200", 2250e12, 6.4e12, 600e9, 600e9, 13e-6, cache=126e6, cores=148, **_GPU),
     "TPU v5 lite": Hardware("TPU v5e", 197e12, 0.82e12, 45e9, 90e9, 5e-6, 0.5, 0.45),
     "TPU v5": Hardware("TPU v5p", 459e12, 2.77e12, 90e9, 180e9, 5e-6, 0.5, 0.45),
     "TPU v6": Hardware("TPU v6e", 918e12, 1.64e12, 90e9, 180e9, 5e-6, 0.35, 0.35),
     "TPU7x": Hardware("TPU7x", 2307e12, 7.4e12, 90e9, 180e9, 5e-6, 0.3, 0.3),
 }
+
+
+def hardware_of(kind: str) -> Hardware | None:
+    """That of devices of jax's kind `kind`, None if it is not in the table."""
+    return next((hardware for part, hardware in HARDWARE.items() if part in kind), None)
 
 
 def hardware_in_use() -> Hardware:
@@ -74,7 +76,7 @@ def hardware_in_use() -> Hardware:
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
-    kind = "" if device is None else device.device_kind
-    found = next((h for part, h in HARDWARE.items() if part in kind), HARDWARE["H100"])
+    found = None if device is None else hardware_of(device.device_kind)
+    found = found or HARDWARE["H100"]
     inner = mesh.shape.get("tensor", 1)
     return dataclasses.replace(found, island=max(1, found.island // inner))

@@ -13,7 +13,6 @@ from jaxtyping import Array
 
 from experiments.bench._timing import REFUSALS, time_ms
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
-from experiments.bench.ring.scaling import picked
 from longctx.device.programs import compile_all
 from pallas_kernels.flash_attention import flash_attention
 
@@ -100,7 +99,7 @@ def measure(
 
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
-    """A program's share of the ideal, and what "auto" would do; or the overlap of a ring."""
+    """A program's share of the ideal, or the overlap of a ring."""
     if case.devices == 1 or case.part == "compute":
         return {}
     if case.part == "communication":
@@ -113,9 +112,7 @@ def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
     if not np.isfinite(single):
         return {}
     ideal = single / case.devices
-    with jax.set_mesh(case.mesh(jax.devices())):
-        auto = picked(case)
-    return {"ideal_ms": ideal, "of_ideal": ideal / times[case], "auto": auto}
+    return {"ideal_ms": ideal, "of_ideal": ideal / times[case]}
 
 
 @functools.lru_cache(maxsize=2)  # one device's and several devices' of one shape

@@ -13,7 +13,7 @@ Writes results/ring_scaling.jsonl and draws a chart from it.
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
 from longctx.parallel.cost import Cost
-from longctx.parallel.hardware import HARDWARE, Hardware, hardware_in_use
+from longctx.parallel.hardware import HARDWARE, Hardware, hardware_of
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -30,6 +30,11 @@ CHIPS = ("H100", "TPU v5")
 DEVICES = (8, 64, 512)
 PER_DEVICE = tuple(2**n for n in range(10, 18))
 HEADS = ((16, 16), (64, 8))
+
+
+def case_of(row: Mapping[str, Any]) -> Case:
+    """What a row of the benchmark was measured of."""
+    return Case(*(row[field] for field in Case._fields))
 
 
 def layout_of(case: Case, chip: Hardware) -> Layout:
@@ -48,9 +53,13 @@ def predicted(case: Case, chip: Hardware) -> Cost | None:
     return next((cost for cost in costs if cost.strategy == case.name), None)
 
 
-def picked(case: Case) -> str:
-    """The strategy that "auto" takes, each in the layout that suits it, on the devices in use."""
-    costs = (predicted(case._replace(name=name), hardware_in_use()) for name in STRATEGIES)
+def picked(row: Mapping[str, Any]) -> str:
+    """The strategy that "auto" takes today in the case of a row, each in its best layout.
+
+    Both passes decide, as they do in a call, which does not know whether it is differentiated.
+    """
+    case, chip = case_of(row), hardware_of(row["device"]) or HARDWARE["H100"]
+    costs = (predicted(case._replace(name=name), chip) for name in STRATEGIES)
     return min((cost for cost in costs if cost is not None), key=lambda cost: cost.seconds).strategy
 
 
@@ -84,13 +93,12 @@ def extrapolated() -> Iterator[dict[str, Any]]:
             }
 
 
-def beside_measured(path: Path) -> Iterator[dict[str, Any]]:
+def beside_measured(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Measured times of the benchmark, each with its prediction."""
-    for row in read_rows(path):
-        chip = next((HARDWARE[name] for name in HARDWARE if name in row["device"]), None)
-        if chip is None or "ms" not in row or row["part"] != "full":
+    for row in rows:
+        chip, case = hardware_of(row["device"]), case_of(row)
+        if chip is None or "ms" not in row or case.part != "full":
             continue
-        case = Case(*(row[field] for field in Case._fields))
         cost = predicted(case if case.devices > 1 else case._replace(name="ring"), chip)
         if cost is not None and case.name != "cudnn":
             seconds = cost.forward_seconds if case.which == PASSES[0] else cost.seconds
@@ -139,7 +147,7 @@ def main() -> None:
     rows, path = list(extrapolated()), options.out / "ring_scaling.jsonl"
     for measured in (RESULTS / f"ring_{group}.jsonl" for group in ("ideal", "strategies")):
         if measured.exists():
-            rows += beside_measured(measured)
+            rows += beside_measured(read_rows(measured))
     write_rows(path, rows)
     draw(read_rows(path), path.with_suffix(".png"))
     for row in rows:

