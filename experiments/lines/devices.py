@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from experiments.bench.ring.scaling import picked
 from experiments.lines.line import Line, Row, compare_ms, compare_speed
 from experiments.ring_attention.max_context import PAPER as MAX_CONTEXT
 from experiments.ring_attention.max_context import longest
@@ -28,7 +29,7 @@ def ring(rows: Sequence[Row]) -> Iterator[Line]:
 
 
 def strategies(rows: Sequence[Row]) -> Iterator[Line]:
-    """As `ring`, and what "auto" picks beside the fastest."""
+    """As `ring`, and what "auto" picks today beside the fastest."""
     yield from ring(rows)
     shapes: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
@@ -36,21 +37,30 @@ def strategies(rows: Sequence[Row]) -> Iterator[Line]:
             shapes.setdefault((r["devices"], *_shape(r)), []).append(r)
     for same in shapes.values():
         best = min(same, key=lambda r: r["ms"])
-        auto = next((r for r in same if r["name"] == r["auto"]), None)
+        auto = next((r for r in same if r["name"] == picked(r)), None)
         if auto is not None:
             what = f'"auto" takes {_sharded(auto)}'
             yield compare_ms(what, best, auto, "ms", f"the fastest, {best['name']}")
 
 
 def ring_training(rows: Sequence[Row]) -> Iterator[Line]:
-    """Training over devices beside one device."""
+    """Training over devices: speed per device beside one device's, whose tokens have equal work.
+
+    TNL's have it on as many tokens as each device holds. A Transformer's tokens see more of a
+    longer sequence: they have it on the same sequence, and without a row of it nothing is compared.
+    """
+    one = {(r["model"], r["length"]): r for r in rows if r["devices"] == 1 and "failed" not in r}
     for r in rows:
-        if r["devices"] > 1 and "failed" not in r:
-            ours = r["tokens_per_second_per_device"]
-            what = f"training {r['model']}, {r['devices']} devices, {r['per_device']} tokens each"
-            yield compare_speed(
-                f"{what}: per device", "one device", ours / r["of_first"], ours, True
-            )
+        if r["devices"] == 1 or "failed" in r:
+            continue
+        what = f"training {r['model']}, {r['devices']} devices, {r['per_device']} tokens each"
+        what, ours = f"{what}: per device", r["tokens_per_second_per_device"]
+        length = r["per_device" if r["model"] == "TNL" else "length"]
+        if (r["model"], length) in one:
+            theirs = one[r["model"], length]["tokens_per_second"]
+            yield compare_speed(what, f"one device, {length} tokens", theirs, ours, True)
+        else:
+            yield Line(what, "", "", f"{ours:,.0f} tokens/s")
 
 
 def ring_longest(rows: Sequence[Row]) -> Iterator[Line]:

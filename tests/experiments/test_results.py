@@ -41,10 +41,23 @@ def test_ring_rows_are_compared_with_a_share_of_one_device():
     assert error.ratio == pytest.approx(1.5)
 
 
-def test_training_over_devices_is_compared_with_one_device():
-    row = {"model": "TNL", "devices": 2, "per_device": 8, "group": "training", "of_first": 0.9}
-    (speed,) = lines.ring_training([row | {"tokens_per_second_per_device": 90.0}])
-    assert (speed.theirs, speed.ours) == ("100 tokens/s", "90 tokens/s")
+def test_training_over_devices_is_compared_with_one_device_of_equal_work():
+    def row(model, devices, each, speed):
+        lengths = {"per_device": each, "length": devices * each}
+        rates = {"tokens_per_second": speed * devices, "tokens_per_second_per_device": speed}
+        return {"model": model, "devices": devices, **lengths, **rates}
+
+    (speed,) = lines.ring_training([row("TNL", 1, 8, 100.0), row("TNL", 2, 8, 90.0)])
+    assert (speed.theirs, speed.ours, speed.ratio) == ("100 tokens/s", "90 tokens/s", 0.9)
+    softmax = [row("Transformer", 1, 8, 100.0), row("Transformer", 1, 32, 40.0)]
+    softmax += [row("Transformer", n, 8, speed) for n, speed in ((2, 60.0), (4, 30.0))]
+    alone, same = lines.ring_training(softmax)
+    assert (alone.theirs, alone.ours, alone.ratio) == ("", "60 tokens/s", None)
+    assert (same.theirs, same.ours, same.ratio) == ("40 tokens/s", "30 tokens/s", 0.75)
+
+
+def test_the_longest_over_devices_is_compared_with_one_device():
+    row = {"model": "TNL", "devices": 2, "of_first": 0.9}
     row |= {"per_device": 90, "length": 180, "memory_bytes": 8e10, "ran": True}
     (longest,) = lines.ring_longest([row])
     assert (longest.theirs, longest.ours, longest.ratio) == ("100 tokens", "180 tokens", 1.8)
