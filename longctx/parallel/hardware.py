@@ -50,13 +50,16 @@ class Hardware:
 # per link (TPU: an axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). Measured on
 # H100s: the permute, 297 GB/s (H200s too), and what tests/longctx/parallel/test_cost.py compares:
 # the shares, masks, contention, and that copies reach 80% of a GPU's memory rate.
-_MASKS = {"forward_mask": 50e-6, "backward_mask": 110e-6}
-_GPU = _MASKS | {"contention": 0.15, "island": 8, "between": 50e9}
-_HOPPER = _GPU | {"cache": 50e6, "cores": 132}
+_H100 = Hardware(
+    "H100", 989e12, 2.68e12, permute=297e9, exchange=297e9, latency=13e-6,
+    forward_mask=50e-6, backward_mask=110e-6, contention=0.15,
+    cache=50e6, cores=132, island=8, between=50e9,
+)  # fmt: skip
+_B200 = {"flops": 2250e12, "memory": 6.4e12, "permute": 600e9, "exchange": 600e9, "cache": 126e6}
 HARDWARE = {
-    "H100": Hardware("H100", 989e12, 2.68e12, 297e9, 297e9, 13e-6, **_HOPPER),
-    "H200": Hardware("H200", 989e12, 3.84e12, 297e9, 297e9, 13e-6, **_HOPPER),
-    "B200": Hardware("B200", 2250e12, 6.4e12, 600e9, 600e9, 13e-6, cache=126e6, cores=148, **_GPU),
+    "H100": _H100,
+    "H200": dataclasses.replace(_H100, name="H200", memory=3.84e12),
+    "B200": dataclasses.replace(_H100, name="B200", cores=148, **_B200),
     "TPU v5 lite": Hardware("TPU v5e", 197e12, 0.82e12, 45e9, 90e9, 5e-6, 0.5, 0.45),
     "TPU v5": Hardware("TPU v5p", 459e12, 2.77e12, 90e9, 180e9, 5e-6, 0.5, 0.45),
     "TPU v6": Hardware("TPU v6e", 918e12, 1.64e12, 90e9, 180e9, 5e-6, 0.35, 0.35),
