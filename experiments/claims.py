@@ -159,7 +159,12 @@ PAPERS: dict[str, list[Section]] = {
         *(
             bench(f"ring_{group}", title, claim, reader, f"ring --groups {group}", "two H100")
             for group, title, claim, reader in (
-                ("ideal", "Ring attention", "Two GPUs take half of one's time.", lines.ring),
+                (
+                    "ideal",
+                    "Ring attention",
+                    "Two GPUs take half of one's time, four a quarter.",
+                    lines.ring,
+                ),
                 (
                     "strategies",
                     "Strategies over devices",
@@ -169,7 +174,8 @@ PAPERS: dict[str, list[Section]] = {
                 (
                     "training",
                     "Training over devices",
-                    "A device is as fast as one alone at as many tokens.",
+                    "Each device is as fast as one alone: TNL's as one with as many tokens, a "
+                    "Transformer's as one with the same sequence.",
                     lines.ring_training,
                 ),
                 (

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,39 @@ def test_traffic_of_a_ring_by_hand():
         ring = by_name["ring"]
         got = ring.forward_seconds * chip.memory, ring.backward_seconds * chip.memory
         np.testing.assert_allclose(got, (forward * kv, backward * kv), rtol=1e-6)
+
+
+def test_what_a_ring_of_four_loses_beside_its_blocks_by_hand():
+    chip = Hardware("nothing lost", 1e12, 1e30, permute=1e9, exchange=1e30, latency=0)
+    call = {"length": 16384, "devices": 4, "layout": Layout("zigzag", 4)}
+
+    def more(**lost):
+        before, after = (
+            costs(**call, hardware=c)[1]["ring"] for c in (chip, dataclasses.replace(chip, **lost))
+        )
+        return (
+            after.forward_seconds - before.forward_seconds,
+            after.backward_seconds - before.backward_seconds,
+        )
+
+    kv = 4096 * 16 * 256 * 2 / chip.permute  # seconds; all moves are shorter than their blocks
+    assert more(contention=0.5) == pytest.approx((0.5 * 3 * kv, 0.5 * (3 * kv + 3 * 2 * kv)))
+    masks = {"forward_mask": 1.0, "backward_mask": 2.0}
+    assert more(**masks) == pytest.approx((3, 6))
+
+
+def test_blocks_of_grouped_keys_wait_for_memory_by_hand():
+    """256 rows of 8 heads lie between two cores, 1024 bytes each; half of them fit."""
+    chip = Hardware("memory", 1e30, 1e12, 1e30, 1e30, latency=0, cache=2**20, cores=2)
+    call = {"length": 2048, "heads": 8, "kv_heads": 1, "hardware": chip}
+    _, by_name = costs(**call, devices=2, layout=Layout("zigzag", 2))
+    pairs, dkv = 2048 * 2049 / 4, 1024 * 256 * 4
+    read = pairs * 8 / 128 * (2 * 2 * 128 + 2 * 4 * 128)  # q, do, and dq twice, for a tile
+    scattered = 2 * dkv * 2  # gradients are brought into order
+    expected = (0.5 * read + scattered) / chip.memory
+    assert by_name["all_gather"].backward_seconds == pytest.approx(expected, rel=1e-3)
+    _, by_name = costs(**call, devices=1, layout=Layout())
+    assert by_name["ring"].backward_seconds < 1e-9  # a whole sequence
 
 
 def test_a_ring_between_hosts_goes_through_one_link():
