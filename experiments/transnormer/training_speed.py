@@ -168,7 +168,7 @@ def time_steps(
         yield row | {
             "seconds": warm,
             "tokens_per_second": tokens / warm,
-            "mfu": flops / warm / peak if peak else None,
+            "mfu": flops / warm / (peak * mesh.size) if peak else None,
             "temporary_bytes": memory.temp_size_in_bytes if memory else None,
         }
 
