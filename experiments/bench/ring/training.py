@@ -67,7 +67,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, run in found.items()
         for devices in options.devices
     }
-    compiled = iter(compile_all(map(_lowering, itertools.chain(*configs.values()))))
+    lowerings = map(_lowering, itertools.chain(*configs.values()))
+    compiled = iter(compile_all(lowerings, options=dict(options.xla) or None))
     alone: dict[tuple[str, int], float] = {}
     for (name, devices), several in configs.items():
         steps = [next(compiled) for _ in several]
@@ -75,6 +76,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         rows = time_steps(name, several, steps, mesh)
         for local, row in zip(lengths, rows, strict=True):
             row = {"group": "training", **row, "devices": devices, "per_device": local}
+            row["xla"] = dict(options.xla)
             if "failed" not in row:
                 speed = row["tokens_per_second"] / devices
                 first = alone.setdefault((name, local), speed)
