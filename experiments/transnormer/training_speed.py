@@ -141,7 +141,7 @@ def time_steps(
     state = new_state()
     parameters = count_parameters(configs[0].model)
     for config, step in zip(configs, compiled, strict=True):
-        batch = _random_batch(config, rng, mesh)
+        batch = random_batch(config, rng, mesh)
         length, tokens = config.data.sequence_length, config.tokens_per_step
         row: dict[str, Any] = {
             "model": name,
@@ -173,7 +173,8 @@ def time_steps(
         }
 
 
-def _random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.sharding.Mesh) -> Any:
+def random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.sharding.Mesh) -> Any:
+    """One batch of a run, of random tokens."""
     shape = (config.data.batch_size, config.data.sequence_length)
     tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
     batch = {

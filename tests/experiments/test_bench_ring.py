@@ -7,9 +7,10 @@ import pytest
 
 from experiments import lines
 from experiments.bench.ring import __main__ as command
-from experiments.bench.ring import attention, methods, schedule
+from experiments.bench.ring import attention, methods, schedule, trace
 from experiments.bench.ring.programs import Case
 from experiments.ring_attention.max_context import METHODS
+from longctx.errors import UserError
 from longctx.provenance import read_rows
 
 
@@ -124,6 +125,27 @@ def test_what_failed_has_its_reason_and_without_time_rows_stay(monkeypatch, tmp_
     assert all(row["failed"] == "RuntimeError: out of shape" for row in rows)
     assert run(monkeypatch, command, *SMALL, *out, "--seconds", 0) == 0
     assert read_rows(tmp_path / "ring_ideal.jsonl") == rows
+
+
+def test_a_traced_step_is_split_into_computing_moving_and_waiting():
+    kernels = [(0, 4, "gemm"), (1, 5, "sweep"), (9, 10, "gemm")]
+    reduced = (4, 7, "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)")
+    sent = (6, 8, "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)")
+    row = trace.spent(
+        [trace.Span(1e6 * start, 1e6 * end, name) for start, end, name in (reduced, *kernels, sent)]
+    )
+    assert (row["whole_ms"], row["computing_ms"], row["idle_ms"]) == (10, 6, 1)
+    assert (row["moving_ms"], row["moving_alone_ms"]) == (4, 3)
+    assert row["moves"] == {"AllReduce": [1, 3], "SendRecv": [1, 2]}
+    assert (row["kernels"], row["kernels_ms"]) == (3, 9)
+    assert row["longest_kernels_ms"] == {"gemm": 5, "sweep": 4}
+
+
+@pytest.mark.slow
+def test_only_gpus_have_traces(monkeypatch, tmp_path):
+    what = ("--groups", "trace", "--models", "TNL", "--devices", 2, "--per-device", 128, "--smoke")
+    with pytest.raises(UserError, match="no kernels of GPUs in a trace on cpu"):
+        run(monkeypatch, command, *what, "--out", tmp_path)
 
 
 @pytest.mark.slow

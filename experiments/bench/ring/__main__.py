@@ -13,10 +13,12 @@ Groups, the most telling first:
   longest     the largest total length that the same models train on. A softmax step that fills a
               large device takes a quarter of an hour: XLA_PYTHON_CLIENT_MEM_FRACTION=0.15 makes
               small devices of them, for methods too (rows say how much memory there was)
+  trace       only if named: where the time of the training steps goes, by the profiler: computing,
+              moving beside it or alone, or idle
 
 The devices are the first 1, 2, 4, 8 that are there. Errors against float64 come last in a group, at
 its shortest length. Each group writes its rows, each at once, to NAME_GROUP.jsonl. `--xla
-NAME=VALUE` compiles what ideal, strategies and training time with an XLA option, such as
+NAME=VALUE` compiles what ideal, strategies, training and trace run with an XLA option, such as
 xla_gpu_use_memcpy_local_p2p=true. Without the devices: `python -m experiments.bench.ring.schedule`,
 `python -m experiments.bench.ring.scaling`.
 """
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.bench.ring import attention, methods, training
+from experiments.bench.ring import attention, methods, trace, training
 from experiments.bench.ring.chart import draw_chart
 from experiments.bench.ring.programs import STRATEGIES, heads_pair
 from longctx.provenance import read_rows, write_rows
@@ -52,6 +54,7 @@ GROUPS = {
     "training": Group(training.measure, training.shown),
     "methods": Group(methods.measure, methods.shown),
     "longest": Group(training.measure_longest, training.shown_longest),
+    "trace": Group(trace.measure, trace.shown),
 }
 
 
@@ -93,7 +96,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     there = [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
-    add("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    add("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g != "trace"])
     add("--seconds", type=float, default=float("inf"), help="begin no measurement after them")
     add("--devices", type=int, nargs="+", default=there)
     add("--totals", type=int, nargs="+", help=f"of ideal; {attention.TOTALS}")

@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, run in found.items()
         for devices in options.devices
     }
-    lowerings = map(_lowering, itertools.chain(*configs.values()))
+    lowerings = map(lowering, itertools.chain(*configs.values()))
     compiled = iter(compile_all(lowerings, options=dict(options.xla) or None))
     alone: dict[tuple[str, int], float] = {}
     for (name, devices), several in configs.items():
@@ -102,7 +102,7 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     runs = models(options.smoke)
     wanted = [(name, devices) for name in options.models for devices in options.devices]
     probes = compile_all(
-        _lowering(sparing(runs[name], devices, local))
+        lowering(sparing(runs[name], devices, local))
         for name, devices in wanted
         for local in probed(runs[name])
     )
@@ -111,7 +111,7 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for i, (name, devices) in enumerate(wanted)
     ]
     steps = compile_all(
-        _lowering(sparing(runs[name], devices, row["per_device"]))
+        lowering(sparing(runs[name], devices, row["per_device"]))
         for (name, devices), row in zip(wanted, found, strict=True)
     )
     alone: dict[str, float] = {}
@@ -123,7 +123,7 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 break
             local -= max(grain, local // 64 // grain * grain)
             config = sparing(run, devices, local)
-            ran = _runs(name, config, *compile_all([_lowering(config)]))
+            ran = _runs(name, config, *compile_all([lowering(config)]))
         first = alone.setdefault(name, local)
         length = {"per_device": local, "length": local * devices}
         yield row | {"model": name, **length, "ran": ran, "of_first": local / first}
@@ -162,7 +162,7 @@ def longest(
     }
 
 
-def _lowering(config: RunConfig) -> Callable[[], jax.stages.Lowered]:
+def lowering(config: RunConfig) -> Callable[[], jax.stages.Lowered]:
     """Traces a step for the devices that are there."""
     return lambda: lower_step(config, make_mesh(config.mesh))
 

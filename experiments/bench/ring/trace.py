@@ -1,0 +1,139 @@
+"""Where the time of a training step goes, from the profiler's trace of one warm step on GPUs.
+
+Of each device: how long it computes, how long moves run beside that and alone, and how long it does
+nothing. Beside the same step on one device this tells whether time is lost to moves that are not
+hidden, to compute that slows down while moves take their share of the chip, or to waiting. XLA
+launches kernels one by one while it is traced, which by itself takes longer.
+"""
+
+import argparse
+import itertools
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.profiler import ProfileData
+
+from experiments.bench.ring import training
+from experiments.transnormer.training_speed import random_batch
+from longctx.device.programs import compile_all
+from longctx.errors import UserError
+from longctx.parallel.mesh import make_mesh
+from longctx.train.config import RunConfig
+from longctx.train.step import create_state
+
+# Kernels that move: NCCL's, XLA's own, and copies from one GPU's memory into another's.
+MOVES = re.compile(r"nccl\w*?Kernel_([a-z]+)|(all_?reduce)|(memcpyp2p)", re.IGNORECASE)
+
+
+class Span(NamedTuple):
+    """A kernel on a device, in nanoseconds."""
+
+    start: float
+    end: float
+    name: str = ""
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per device of each step."""
+    runs = training.models(options.smoke)
+    lengths = options.per_device or training.PER_DEVICE
+    cases = list(itertools.product(options.models, lengths, options.devices))
+    configs = [training.over(runs[name], n, local) for name, local, n in cases]
+    steps = compile_all(map(training.lowering, configs), options=dict(options.xla) or None)
+    for (name, local, devices), config, step in zip(cases, configs, steps, strict=True):
+        about = {"group": "trace", "model": name, "devices": devices, "per_device": local}
+        about["xla"] = dict(options.xla)
+        for device, spans in traced(config, step).items():
+            yield about | {"device_number": device, **spent(spans)}
+
+
+def traced(config: RunConfig, step: jax.stages.Compiled) -> dict[int, list[Span]]:
+    """The kernels of one warm step, by number of the device.
+
+    Raises:
+      UserError: the trace holds no GPU.
+    """
+    mesh = make_mesh(config.mesh)
+    batch = random_batch(config, np.random.default_rng(0), mesh)
+    with jax.set_mesh(mesh):
+        state = create_state(config, mesh)
+    for _ in range(2):
+        state, _ = jax.block_until_ready(step(state, batch))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(step(state, batch))
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        found = kernels(ProfileData.from_file(str(path)))
+    if not found:
+        raise UserError(f"no kernels of GPUs in a trace on {jax.devices()[0].platform}")
+    return found
+
+
+def kernels(profile: ProfileData) -> dict[int, list[Span]]:
+    """What ran on the streams of each GPU."""
+    found = {}
+    for plane in profile.planes:
+        number = re.fullmatch(r"/device:GPU:(\d+)", plane.name)
+        streams = [line for line in plane.lines if line.name.startswith("Stream")]
+        events = [event for line in streams for event in line.events]
+        if number and events:
+            found[int(number[1])] = [
+                Span(e.start_ns, e.start_ns + e.duration_ns, e.name) for e in events
+            ]
+    return found
+
+
+def spent(spans: Sequence[Span]) -> dict[str, Any]:
+    """Milliseconds of a device, from its first kernel to its last."""
+    kinds: dict[str, list[Span]] = {}
+    computing = []
+    for span in spans:
+        if kind := MOVES.search(span.name):
+            kinds.setdefault(next(filter(None, kind.groups())), []).append(span)
+        else:
+            computing.append(span)
+    moving = list(itertools.chain(*kinds.values()))
+    busy, computes = covered(spans), covered(computing)
+    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    sums: dict[str, float] = defaultdict(float)
+    for span in computing:
+        sums[span.name] += span.end - span.start
+    longest = sorted(sums.items(), key=lambda item: -item[1])[:20]
+    return {
+        "whole_ms": whole / 1e6,
+        "computing_ms": computes / 1e6,
+        "moving_ms": covered(moving) / 1e6,
+        "moving_alone_ms": (busy - computes) / 1e6,
+        "idle_ms": (whole - busy) / 1e6,
+        "kernels": len(computing),
+        "kernels_ms": sum(sums.values()) / 1e6,
+        "moves": {kind: [len(ran), covered(ran) / 1e6] for kind, ran in sorted(kinds.items())},
+        "longest_kernels_ms": {name: time / 1e6 for name, time in longest},
+    }
+
+
+def covered(spans: Sequence[Span]) -> float:
+    """Nanoseconds during which any of them runs."""
+    total, end = 0.0, float("-inf")
+    for span in sorted(spans):
+        total += max(0.0, span.end - max(span.start, end))
+        end = max(end, span.end)
+    return total
+
+
+def shown(row: dict[str, Any]) -> str:
+    """A row as a line of the printed table."""
+    moves = ", ".join(f"{count} {kind} {ms:.1f}" for kind, (count, ms) in row["moves"].items())
+    return (
+        f"{row['devices']} x {row['per_device']:6} {row['model']:12} GPU {row['device_number']}: "
+        f"{row['whole_ms']:.1f} ms = computing {row['computing_ms']:.1f} "
+        f"+ moving alone {row['moving_alone_ms']:.1f} + idle {row['idle_ms']:.1f}; "
+        f"moving {row['moving_ms']:.1f} ({moves}); "
+        f"{row['kernels']} kernels {row['kernels_ms']:.1f}"
+    )
