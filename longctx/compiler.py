@@ -20,13 +20,11 @@ PRODUCTS_MOVE = {
 }
 TRAINING = {"TPU v5": SPARSE_CORES_MOVE, "TPU v5 lite": PRODUCTS_MOVE}
 # By default XLA copies a GPU's gradients of a layer into one buffer, to sum them together once the
-# last is known, and the next layer waits. Apart, and each summed while the next layer computes,
-# they are hidden at every length; and as many moves may be under way that those of a ring need not
-# wait for the sums.
+# last is known, and lets one collective start only after the one before has ended. Apart, each sum
+# starts with its own gradient, and moves of a ring need not wait for one another.
 TRAINING_ON_GPU = {
     "xla_gpu_all_reduce_combine_threshold_bytes": str(2**20),
-    "xla_gpu_experimental_parallel_collective_overlap_limit": "8",
-    "xla_gpu_pipeline_all_reduce": "COLLECTIVE_PIPELINING_MODE_ON",
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
 }
 # The layers of a model are slices of one array. By default XLA copies a layer's weights before it
 # multiplies a few tokens by them, three times the traffic; its own kernels know no other way.
