@@ -39,10 +39,16 @@ class Linear(nnx.Module):
         self.used = P(*(None if name == axes.fsdp else name for name in spec))
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "*rows M"]) -> Float[Array, "..."]:
-        """Project the last axis."""
-        kernel = gather(self.kernel[...].astype(self.dtype), self.kept, self.used)
-        return jnp.tensordot(x.astype(self.dtype), kernel, axes=1)
+    def weight(self) -> Float[Array, "M ..."]:
+        """The kernel as products take it: in `dtype`, and whole along `fsdp`."""
+        return gather(self.kernel[...].astype(self.dtype), self.kept, self.used)
+
+    def __call__(
+        self, x: Float[Array, "*rows M"], weight: Float[Array, "M ..."] | None = None
+    ) -> Float[Array, "..."]:
+        """Project the last axis; by `weight`, if it is at hand from an earlier call."""
+        weight = self.weight() if weight is None else weight
+        return jnp.tensordot(x.astype(self.dtype), weight, axes=1)
 
 
 class Embedding(nnx.Module):

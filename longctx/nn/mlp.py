@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.sharding import DEFAULT_AXES, Axes
 
+type Weights = tuple[Array, Array]  # of the two projections, as `Linear.weight` gives them
 type Activation = Literal["none", "silu", "gelu", "sigmoid", "elu1"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -33,7 +34,16 @@ def activation_function(name: Activation) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
-class GLU(nnx.Module):
+class _Channels(nnx.Module):
+    expand: Linear
+    contract: Linear
+
+    def weights(self) -> Weights:
+        """What a call takes of the parameters."""
+        return self.expand.weight(), self.contract.weight()
+
+
+class GLU(_Channels):
     """(act(x Wv) * x Wu) Wo: with activation "none" SGLU (2307.14995), with "silu" SwiGLU."""
 
     def __init__(
@@ -59,13 +69,16 @@ class GLU(nnx.Module):
         self.contract = Linear(hidden, width, spec=(axes.tensor, axes.fsdp), **kwargs)
         self.activation = activation_function(activation)
 
-    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    def __call__(
+        self, x: Float[Array, "B T M"], weights: Weights | None = None
+    ) -> Float[Array, "B T M"]:
         """Mix channels, token by token."""
-        both = self.expand(x)
-        return self.contract(self.activation(both[..., 0, :]) * both[..., 1, :])
+        expand, contract = weights or self.weights()
+        both = self.expand(x, expand)
+        return self.contract(self.activation(both[..., 0, :]) * both[..., 1, :], contract)
 
 
-class MLP(nnx.Module):
+class MLP(_Channels):
     """act(x Wi) Wo."""
 
     def __init__(
@@ -91,6 +104,9 @@ class MLP(nnx.Module):
         self.contract = Linear(hidden, width, spec=(axes.tensor, axes.fsdp), **kwargs)
         self.activation = activation_function(activation)
 
-    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    def __call__(
+        self, x: Float[Array, "B T M"], weights: Weights | None = None
+    ) -> Float[Array, "B T M"]:
         """Mix channels, token by token."""
-        return self.contract(self.activation(self.expand(x)))
+        expand, contract = weights or self.weights()
+        return self.contract(self.activation(self.expand(x, expand)), contract)

@@ -46,6 +46,18 @@ class Mixer(Protocol):
         ...
 
 
+class ChannelMixer(Protocol):
+    """What `Block` needs of an MLP."""
+
+    def weights(self) -> Any:
+        """What a call takes of the parameters, the same for all tokens."""
+        ...
+
+    def __call__(self, x: Float[Array, "B T M"], weights: Any = None) -> Float[Array, "B T M"]:
+        """Mix channels, token by token, with these `weights` or else its own."""
+        ...
+
+
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); called like a mixer.
 
@@ -58,7 +70,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         mixer: Mixer,
-        mlp: Callable[[Array], Array],
+        mlp: ChannelMixer,
         mixer_norm: Callable[[Array], Array],
         mlp_norm: Callable[[Array], Array],
         *,
@@ -84,12 +96,12 @@ class Block(nnx.Module):
         y = self.mixer_norm(x)
         mixed, cache = self.mixer(y, cache, **where)
         x = place(self._join(x, y, mixed, self.mixer_weights), self.axes.hidden)
-        x = in_chunks(self._mix_channels, x, self.mlp_chunk, self.axes)
+        x = in_chunks(self._mix_channels, x, self.mlp.weights(), self.mlp_chunk, self.axes)
         return place(x, self.axes.hidden), cache
 
-    def _mix_channels(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+    def _mix_channels(self, x: Float[Array, "B T M"], weights: Any) -> Float[Array, "B T M"]:
         y = self.mlp_norm(x)
-        return self._join(x, y, self.mlp(y), self.mlp_weights)
+        return self._join(x, y, self.mlp(y, weights), self.mlp_weights)
 
     def _join(self, x: Array, y: Array, fy: Array, weights: tuple[float, float]) -> Array:
         alpha, beta = weights
@@ -97,32 +109,61 @@ class Block(nnx.Module):
 
 
 def in_chunks(
-    function: Callable[[Array], Array], x: Float[Array, "B T M"], chunk: int, axes: Axes
+    function: Callable[[Array, Any], Array],
+    x: Float[Array, "B T M"],
+    weights: Any,
+    chunk: int,
+    axes: Axes,
 ) -> Float[Array, "B T M"]:
-    """`function`, which treats tokens alike, on `chunk` tokens of each device at a time.
+    """`function` of tokens, treated alike, and weights, on `chunk` tokens of a device at a time.
 
     The backward pass computes each chunk again, so that what `function` makes of a token, such as
-    the wide features of an MLP, exists for `chunk` tokens only, whatever the length. Source: the
-    blockwise feed-forward of 2305.19370 and 2310.01889. `chunk` 0: all tokens at once, and kept.
+    the wide features of an MLP, exists for `chunk` tokens only, whatever the length. The gradients
+    of the weights are summed over the chunks in float32. Source: the blockwise feed-forward of
+    2305.19370 and 2310.01889. `chunk` 0: all tokens at once, and kept.
     """
     batch, length, width = x.shape
     devices, inside = sequence_axis(axes.seq)
     shards = 1 if inside or length % devices else devices
     local = length // shards
     if not 0 < chunk < local:
-        return function(x)
+        return function(x, weights)
     padded = jnp.pad(
         x.reshape(batch, shards, local, width), ((0, 0),) * 2 + ((0, -local % chunk), (0, 0))
     )
     parts = jnp.moveaxis(padded.reshape(batch, shards, -1, chunk, width), 2, 0)
+    # The weights come ready for use: what would make them so in the loop, XLA on GPUs would do anew
+    # for every chunk.
+    wide = jax.tree.map(_wide, weights)
 
     @jax.checkpoint
     def one(part: Float[Array, "B P C M"]) -> Float[Array, "B P C M"]:
         tokens = place(part.reshape(batch, shards * chunk, width), axes.hidden)
-        return function(tokens).reshape(part.shape)
+        return function(tokens, jax.tree.map(_summed_in, wide, weights)).reshape(part.shape)
 
     done = jnp.moveaxis(jax.lax.map(one, parts), 0, 2).reshape(padded.shape)
     return done[:, :, :local].reshape(x.shape)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@jax.custom_vjp
+def _summed_in(wide: Array, weight: Array) -> Array:
+    """`weight`; its gradient goes to `wide`, the same in float32, and is summed there."""
+    return weight
+
+
+def _summed_in_forward(wide: Array, weight: Array) -> tuple[Array, None]:
+    return weight, None
+
+
+def _summed_in_backward(_: None, gradient: Array) -> tuple[Array, None]:
+    return _wide(gradient), None
+
+
+_summed_in.defvjp(_summed_in_forward, _summed_in_backward)
 
 
 @dataclasses.dataclass(frozen=True)
