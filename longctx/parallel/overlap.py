@@ -110,14 +110,14 @@ def _moves(program: "_Program", times: int, instructions: list["_Instruction"]) 
     for i in instructions:
         source = next((running[n] for n in i.operands if n in running), None)
         if i.op in _COLLECTIVES:
-            found.append(program.move(i, i.bytes, times, synchronous=True))
+            found.append(program.move(i, i.moved, times, synchronous=True))
         elif program.fused_scatter(i):
             scatter = dataclasses.replace(i, op="reduce-scatter")
             found.append(program.move(scatter, i.bytes, times, synchronous=True))
         elif source is not None and (i.op.endswith("-done") or "collective-done" in i.name):
             start, hidden_by = source
             running = {name: what for name, what in running.items() if what[0] is not start}
-            found.append(program.move(start, i.bytes, times, hidden_by=hidden_by))
+            found.append(program.move(start, i.moved, times, hidden_by=hidden_by))
         elif (kind := program.started(i)) is not None:
             running[i.name] = (dataclasses.replace(i, op=kind), [])
         else:
@@ -152,11 +152,21 @@ class _Instruction:
     @property
     def bytes(self) -> int:
         """Size of the result; of a tuple, its largest member."""
-        sizes = [0]
+        return max(self._sizes, default=0)
+
+    @property
+    def moved(self) -> int:
+        """Size of what a collective brings: of several that XLA has combined, all together."""
+        whole = self.op in _COLLECTIVES or self.op.endswith("-done")
+        return sum(self._sizes) if whole else self.bytes
+
+    @property
+    def _sizes(self) -> list[int]:
+        sizes = []
         for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", self.type):
             bits = _BITS.get(dtype) or int((re.findall(r"\d+", dtype) or ["0"])[0])
             sizes.append(bits * math.prod(int(n) for n in shape.split(",") if n) // 8)
-        return max(sizes)
+        return sizes
 
 
 class _Program:

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from experiments.bench._timing import REFUSALS, time_ms
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
+from longctx.compiler import training_options
 from longctx.device.programs import compile_all
 from pallas_kernels.flash_attention import flash_attention
 
@@ -76,11 +77,13 @@ def measure(
     """
     todo = list(dict.fromkeys(todo))
     lowerings = (functools.partial(case.lower, jax.devices()) for case in todo)
-    compiled = compile_all(lowerings, REFUSALS, dict(options.xla) or None)
+    with jax.set_mesh(todo[-1].mesh(jax.devices())):
+        xla = training_options() | dict(options.xla)
+    compiled = compile_all(lowerings, REFUSALS, xla)
     programs = dict(zip(todo, compiled, strict=True))
     times: dict[Case, float] = {}
     for case in todo:
-        row = {"group": group, **case._asdict(), "xla": dict(options.xla)}
+        row = {"group": group, **case._asdict(), "xla": xla}
         try:
             if isinstance(programs[case], REFUSALS):
                 raise programs[case]
@@ -95,7 +98,7 @@ def measure(
     exact = functools.lru_cache(maxsize=1)(float64)
     for case in (c for c in checked if c.which == PASSES[1]):
         found = errors(case, programs[case], *exact(case._replace(name="ours", devices=1)))
-        yield {"group": group, **case._asdict(), "xla": dict(options.xla), "errors": found}
+        yield {"group": group, **case._asdict(), "xla": xla, "errors": found}
 
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.progress import track
 
 from experiments.bench.ring.programs import PASSES, STRATEGIES, Case, heads_pair
 from experiments.bench.ring.topology import TPUS, devices_of
+from longctx.compiler import training_options
 from longctx.parallel import verify_overlap
 from longctx.provenance import origin, read_rows
 
@@ -36,7 +38,10 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def row_of(case: Case, chip: str) -> dict[str, Any]:
     """Compile a case for `chip` and read it."""
-    compiled = case.lower(devices_of(chip, case.devices)).compile()
+    devices = devices_of(chip, case.devices)
+    with jax.set_mesh(case.mesh(devices)):
+        options = training_options()
+    compiled = case.lower(devices).compile(compiler_options=options)
     moves = verify_overlap(compiled).moves
     memory = compiled.memory_analysis()
     assert memory is not None, "compilers for accelerators report memory"

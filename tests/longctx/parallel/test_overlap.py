@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench.ring import topology
+from longctx.compiler import training_options
 from longctx.parallel import context_attention, context_lightning, make_mesh, verify_overlap
 from tests import topologies as local_topologies
 
@@ -72,7 +73,7 @@ def compile_for(devices, operator, *, local, heads=2, backward=True):
         return (o, *pull(do)) if backward else o
 
     with jax.set_mesh(mesh):
-        return jax.jit(both).lower(x, x, x, x).compile()
+        return jax.jit(both).lower(x, x, x, x).compile(compiler_options=training_options())
 
 
 def devices_for(chip, count):
