@@ -178,15 +178,17 @@ class Recall:
         return "\n".join(lines) + "\n"
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
-        """Accuracy against speed, and the needle's map of every arm."""
+        """Accuracy against speed, where that was measured, and the needle's map of every arm."""
         from matplotlib.figure import Figure  # slow to import
 
         arms = list(dict.fromkeys(r["arm"] for r in rows))
-        figure = Figure(figsize=(2.2 * len(arms) + 2, 7), layout="constrained")
-        grid = figure.add_gridspec(2, len(arms))
-        _draw_speed(figure.add_subplot(grid[0, :]), rows, arms)
+        timed = any(r["tokens_per_second"] for r in rows)
+        figure = Figure(figsize=(2.2 * len(arms) + 2, 7 if timed else 4), layout="constrained")
+        grid = figure.add_gridspec(1 + timed, len(arms))
+        if timed:
+            _draw_speed(figure.add_subplot(grid[0, :]), rows, arms)
         for place, arm in enumerate(arms):
-            axes = figure.add_subplot(grid[1, place], title=arm)
+            axes = figure.add_subplot(grid[-1, place], title=arm)
             draw_needle(axes, [r for r in rows if r["arm"] == arm])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

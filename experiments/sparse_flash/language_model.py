@@ -98,7 +98,10 @@ class Comparison(Ablation):
         return [dataclasses.replace(part, timed=True) for part in super().parts(scale, runs)]
 
     def table(self, rows: Sequence[Row]) -> str:
-        """Differences from the base, then what they cost in time."""
+        """Differences from the base, then what they cost in time, as far as it is known."""
+        timed = [r for r in rows if r["tokens_per_second"]]
+        if not timed:
+            return super().table(rows)
         target = np.mean([r["bits_per_byte"] for r in rows if r["arm"] == self.base])
         lines = [
             super().table(rows),
@@ -107,7 +110,7 @@ class Comparison(Ablation):
             "| arm | seed | all steps | to the base's loss |",
             "|---|---|---|---|",
         ]
-        for r in (r for r in rows if r["tokens_per_second"]):
+        for r in timed:
             _, seconds, losses = curve(r)
             reached = next(
                 (f"{t:.1f}" for t, loss in zip(seconds, losses, strict=True) if loss <= target),
@@ -117,18 +120,20 @@ class Comparison(Ablation):
         return "\n".join(lines) + "\n"
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:
-        """Held-out loss by step and by wall time, a line per run, a colour per arm."""
+        """Held-out loss by step, and by wall time if known: a line per run, a colour per arm."""
         from matplotlib.figure import Figure  # slow to import
 
-        figure = Figure(figsize=(12, 5), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
+        timed = any(r["tokens_per_second"] for r in rows)
+        labels = ["step", "seconds of training steps"][: 1 + timed]
+        figure = Figure(figsize=(3 + 5 * len(labels), 5), layout="constrained")
+        panels = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
         for i, arm in enumerate(dict.fromkeys(r["arm"] for r in rows)):
             for seed, r in enumerate(r for r in rows if r["arm"] == arm):
                 steps, seconds, loss = curve(r)
                 style = {"color": f"C{i}", "label": None if seed else arm}
-                panels[0].plot(steps, loss, ".-", **style)
-                panels[1].plot(seconds, loss, ".-", **style)
-        for axes, label in zip(panels, ("step", "seconds of training steps"), strict=True):
+                for axes, x in zip(panels, (steps, seconds), strict=False):
+                    axes.plot(x, loss, ".-", **style)
+        for axes, label in zip(panels, labels, strict=True):
             axes.set(xlabel=label, yscale="log")
             axes.grid(alpha=0.3, which="both")
             axes.yaxis.set_major_formatter("{x:.1f}")
