@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.attention.decode import decode_attention
 from longctx.attention.rotary import rope
-from longctx.attention.slots import append
+from longctx.attention.slots import append, held
 from longctx.nn.cache import Cache, check_cached_call
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.norm import RMSNorm
@@ -40,6 +40,8 @@ class SelfAttention(nnx.Module):
       strategy, head_groups: how devices along `axes.seq` cooperate: `context_attention`.
       layout: order of the tokens along `axes.seq`; positions must be given unless contiguous.
     """
+
+    in_place = True  # its cache may be of `LayerSlots`
 
     def __init__(
         self,
@@ -130,12 +132,13 @@ class SelfAttention(nnx.Module):
             o = cast(Array, attention)  # not (o, lse), since that was not asked for
         else:
             start, new = cache.length, jnp.full(B, T, jnp.int32) if lengths is None else lengths
-            keys, values = (
-                place(append(memory, x, start, new), self.cache_spec)
+            memory = tuple(
+                append(memory, x, start, new)
                 for memory, x in zip(cache.memory, (k, v), strict=True)
             )
+            keys, values = (place(held(x), self.cache_spec) for x in memory)
             o = decode_attention(q, keys, values, start, window=self.window, **self.axes.operator)
-            cache = cache.advance((keys, values), new)
+            cache = cache.advance(memory, new)
         return self.output(o.reshape(B, T, -1)), cache
 
     def project(

@@ -1,7 +1,6 @@
 """The decoder block, and stacks of blocks scanned over their repeats."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from longctx.attention.slots import LayerSlots
 from longctx.nn.cache import Cache
 from longctx.nn.sharding import DEFAULT_AXES, Axes, place
 from longctx.parallel.lasp import INCOMING
@@ -88,6 +88,11 @@ class Block(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """The mixer's cache."""
         return self.mixer.init_cache(batch, max_length)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the mixer takes `LayerSlots` for the arrays of its cache."""
+        return getattr(self.mixer, "in_place", False)
 
     def __call__(
         self, x: Float[Array, "B T M"], cache: Cache | None = None, **where: Any
@@ -234,42 +239,81 @@ class Stack(nnx.Module):
         self, x: Float[Array, "B T M"], cache: Cache | None = None, **where: Any
     ) -> tuple[Float[Array, "B T M"], Cache | None]:
         """All layers; arguments and modes are a mixer's."""
-        memories = []
-        for i, period in enumerate(self.periods):
-            graph, state = nnx.split(period)
-
-            def one_period(carry, layer, graph=graph):
-                # The memory is carried and written in place: scanned over, it would be held twice.
-                x, memory = carry
-                state, repeat = layer
-                kept = []
-                for block, whole in zip(nnx.merge(graph, state).blocks, memory, strict=True):
-                    x, seen = block(x, cache and Cache(cache.length, _get(whole, repeat)), **where)
-                    kept.append(seen and _put(whole, seen.memory, repeat))
-                return (x, tuple(kept)), None
-
-            if self.remat != "none":
-                policy = REMAT_POLICIES[self.remat]
-                one_period = jax.checkpoint(one_period, policy=policy, prevent_cse=False)
-            memory = cache.memory[i] if cache else (None,) * len(period.blocks)
-            layers = (state, jnp.arange(self.repeats[i]))
-            unroll = self.unroll and cache is None
-            (x, memory), _ = jax.lax.scan(one_period, (x, memory), layers, unroll=unroll)
-            memories.append(memory)
         if cache is None:
+            for period, repeats in zip(self.periods, self.repeats, strict=True):
+                x = self._run(period, repeats, x, where)
             return x, None
+        memories = []
+        for period, repeats, memory in zip(self.periods, self.repeats, cache.memory, strict=True):
+            x, memory = _continued(period, repeats, x, Cache(cache.length, memory), where)
+            memories.append(memory)
         lengths = where.get("lengths")
         return x, cache.advance(tuple(memories), x.shape[1] if lengths is None else lengths)
 
+    def _run(
+        self, period: Period, repeats: int, x: Float[Array, "B T M"], where: dict[str, Any]
+    ) -> Float[Array, "B T M"]:
+        """A segment on whole sequences."""
+        graph, state = nnx.split(period)
+
+        def once(x, state):
+            for block in nnx.merge(graph, state).blocks:
+                x, _ = block(x, **where)
+            return x, None
+
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            once = jax.checkpoint(once, policy=policy, prevent_cse=False)
+        return jax.lax.scan(once, x, state, length=repeats, unroll=self.unroll)[0]
+
+
+def _continued(
+    period: Period, repeats: int, x: Float[Array, "B T M"], cache: Cache, where: dict[str, Any]
+) -> tuple[Float[Array, "B T M"], Any]:
+    """A segment on new tokens, and its memory with them.
+
+    The memory is carried and written in place: scanned over, it would be held twice. The loop
+    counts layers itself: XLA's kernels read slices where they lie if it sees what they depend on.
+    """
+    graph, state = nnx.split(period)
+
+    def once(carry):
+        layer, x, memory = carry
+        blocks, kept = nnx.merge(graph, _get(state, layer)).blocks, []
+        for block, whole in zip(blocks, memory, strict=True):
+            get = _in_place if block.in_place else _get
+            x, seen = block(x, Cache(cache.length, get(whole, layer)), **where)
+            assert seen is not None, "a mixer returns the cache that it was given"
+            kept.append(_put(whole, seen.memory, layer))
+        return layer + 1, x, tuple(kept)
+
+    first = jnp.zeros((), jnp.int32), x, cache.memory
+    _, x, memory = jax.lax.while_loop(lambda carry: carry[0] < repeats, once, first)
+    return x, memory
+
 
 def _get(stacked: Any, index: Int[Array, ""]) -> Any:
-    """One layer's part of a stacked memory."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked)
+    """One layer's part of stacked arrays."""
+
+    def get(x: Array) -> Array:
+        return jax.lax.dynamic_index_in_dim(x, index, keepdims=False, allow_negative_indices=False)
+
+    return jax.tree.map(get, stacked)
+
+
+def _in_place(stacked: Any, index: Int[Array, ""]) -> Any:
+    """One layer's part of a stacked memory, where it lies."""
+    return jax.tree.map(lambda x: LayerSlots(x, index), stacked)
 
 
 def _put(stacked: Any, memory: Any, index: Int[Array, ""]) -> Any:
     """`stacked` with one layer's part replaced."""
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+
+    def put(x: Array, new: Array | LayerSlots) -> Array:
+        if isinstance(new, LayerSlots):
+            return new.layers
+        return jax.lax.dynamic_update_index_in_dim(x, new, index, 0, allow_negative_indices=False)
+
     return jax.tree.map(put, stacked, memory)
 
 

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from longctx import generate
+from longctx import compiler, generate
 from longctx.data.config import DataConfig
-from longctx.models import LightningConfig, MlpConfig, ModelConfig, build
+from longctx.models import LightningConfig, MlpConfig, ModelConfig, build, transformer
 from longctx.parallel import MeshConfig, verify_overlap
 from longctx.plan import compile_step
 from longctx.train.config import RunConfig
@@ -58,3 +58,24 @@ def test_gpus_read_weights_where_they_lie(platform, copies):
     compiled = run.lower(graph, state, prompts, None, None, 4, generate.Sampling(), None).compile()
     copied = re.findall(r"ROOT %dynamic_slice\S* = bf16\[1,\d+,\S+", compiled.as_text())
     assert bool(copied) == copies, copied
+
+
+def test_gpus_write_tokens_and_read_the_cache_where_they_lie():
+    """Decoding needs no second copy of a layer's keys and values, however long they are."""
+    config = dataclasses.replace(transformer(MODEL), param_dtype="bfloat16")
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    cache = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)).init_cache(8, 8192))
+    sharding = NamedSharding(gpu_mesh({"x": 1}), PartitionSpec())
+    token = jax.ShapeDtypeStruct((8,), jnp.int32)
+    state, token, cache = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (state, token, cache)
+    )
+
+    def decode(state, token, cache):
+        return nnx.merge(graph, state).decode(token, cache)
+
+    options = compiler.decoding_options("gpu")
+    run = jax.jit(decode, donate_argnums=2, compiler_options=options)
+    memory = run.lower(state, token, cache).compile().memory_analysis()
+    keys = 8 * 8192 * config.softmax.num_kv_heads * config.softmax.head_dim * 2
+    assert memory.temp_size_in_bytes < keys / 2
