@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
-from longctx.parallel.cost import Cost
+from longctx.parallel.cost import Cost, cheapest
 from longctx.parallel.hardware import HARDWARE, Hardware, hardware_of
 from longctx.provenance import read_rows, write_rows
 
@@ -54,13 +54,10 @@ def predicted(case: Case, chip: Hardware) -> Cost | None:
 
 
 def picked(row: Mapping[str, Any]) -> str:
-    """The strategy that "auto" takes today in the case of a row, each in its best layout.
-
-    Both passes decide, as they do in a call, which does not know whether it is differentiated.
-    """
+    """The strategy that "auto" takes today in the case of a row, each in its best layout."""
     case, chip = case_of(row), hardware_of(row["device"]) or HARDWARE["H100"]
     costs = (predicted(case._replace(name=name), chip) for name in STRATEGIES)
-    return min((cost for cost in costs if cost is not None), key=lambda cost: cost.seconds).strategy
+    return cheapest(cost for cost in costs if cost is not None).strategy
 
 
 def ideal(case: Case, chip: Hardware) -> float:
