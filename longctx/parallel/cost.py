@@ -1,48 +1,15 @@
-"""What a strategy costs: bytes, FLOPs and seconds per device, and which one is cheapest.
-
-The model, each term of it named where it is computed: attention runs at a fixed share of the
-chip's peak, less where rows see few keys; a ring's hop takes the longer of its compute (of the
-busiest rank) and its move, and a part of the shorter; every other collective is exposed. A
-backward pass has 2.5 times the products of a forward pass; by blocks of keys it may wait for
-memory. Devices are joined in islands (the GPUs of a host, the chips of a TPU slice); between
-islands every device has a slower link of its own.
-"""
+"""What a strategy costs: bytes, FLOPs and seconds per device, and which one is cheapest."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
-from typing import Literal
 
-import numpy as np
-
+from longctx.parallel.cost_terms import Call, Cost, Strategy
 from longctx.parallel.hardware import HARDWARE, Hardware
 from longctx.parallel.layout import Layout
-from longctx.parallel.shards import Shards
 from longctx.parallel.ulysses import kv_copies
 
-KEYS_OF_A_TILE = 128  # of the GPU kernel that makes dk and dv
 TIE = 1.03  # times so close to the least are as good: the model tells no better
-
-Strategy = Literal["ring", "all_gather", "ulysses", "usp"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """One strategy, for one layer: what the busiest device does in a forward and in a backward."""
-
-    strategy: Strategy
-    flops: float  # forward; a backward has 2.5 times as many
-    forward_bytes: float  # sent by one device
-    backward_bytes: float
-    forward_seconds: float
-    backward_seconds: float
-    overlap_threshold: int | None  # tokens per device from which a ring's forward moves are hidden
-
-    @property
-    def seconds(self) -> float:
-        """Forward and backward."""
-        return self.forward_seconds + self.backward_seconds
 
 
 def cheapest(costs: Iterable[Cost]) -> Cost:
@@ -109,7 +76,7 @@ def explain(
       ValueError: the layout does not fit the length and devices.
     """
     layout.check(length, devices)
-    call = _Call(
+    call = Call(
         batch, length, heads, kv_heads, key_width, value_width or key_width,
         devices, layout, causal, window, itemsize, hardware,
     )  # fmt: skip
@@ -142,201 +109,3 @@ def refusal(
         except ValueError as error:
             return str(error)
     return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    batch: int
-    length: int
-    heads: int
-    kv_heads: int
-    key_width: int
-    value_width: int
-    devices: int
-    layout: Layout
-    causal: bool
-    window: int | None
-    itemsize: int
-    hardware: Hardware
-    inner: int = 1  # devices of a rank: a hop moves data past so many
-
-    @property
-    def widths(self) -> int:
-        return self.key_width + self.value_width
-
-    @property
-    def local(self) -> int:
-        return self.length // self.devices
-
-    def kv_bytes(self, itemsize: int) -> float:
-        """Keys and values of one device."""
-        return self.batch * self.local * self.kv_heads * self.widths * itemsize
-
-    @property
-    def pair_flops(self) -> int:
-        """Products of a forward for one visible (query, key) pair, over all heads."""
-        return 2 * self.batch * self.heads * self.widths
-
-    @functools.cached_property
-    def pairs(self) -> np.ndarray:
-        """Visible pairs of each rank (rows) at each hop of its ring (columns).
-
-        Counted exactly for up to 128 evenly spread queries of every rank.
-        """
-        ranks, hops = self.devices, np.arange(self.shards.hops)[:, None]
-        slots = np.unique(np.linspace(0, self.local - 1, 128).round().astype(int))
-        order = self.layout.order(self.length).reshape(ranks, self.local)[:, slots]
-
-        def of_rank(rank: int) -> np.ndarray:
-            position = order[rank][None]
-            first = np.maximum(position - (self.window or self.length) + 1, 0)
-            stop = position + 1 if self.causal else np.full_like(position, self.length)
-            before = functools.partial(
-                self.layout.count_before,
-                length=self.length, devices=ranks, device=(rank - hops) % ranks,
-            )  # fmt: skip
-            return np.mean(before(stop) - before(first), 1) * self.local
-
-        return np.stack([of_rank(rank) for rank in range(ranks)])
-
-    @functools.cached_property
-    def shards(self) -> Shards:
-        return Shards("seq", self.devices, self.layout, self.length, window=self.window)
-
-    def forward(self, pairs: float) -> float:
-        """Seconds of one forward of this device's queries over some keys, `pairs` in all."""
-        chip = self.hardware
-        work = pairs + chip.forward_keys * self.local
-        return self.pair_flops * work / (chip.flops * chip.forward)
-
-    def backward(self, pairs: float, *, whole: bool = False) -> float:
-        """Seconds of one backward over some keys, or over those of a `whole` sequence.
-
-        Each core takes a tile of keys, and goes through the queries that see it, of all heads of
-        its group. With a whole sequence's keys no time is lost to memory; with a block of them
-        cores are at different rows, and the cache keeps a part of what lies between these.
-        """
-        chip = self.hardware
-        work = pairs + chip.backward_keys * self.local
-        products = 2.5 * self.pair_flops * work / (chip.flops * chip.backward)
-        if whole:
-            return products
-        read = self.widths * self.itemsize  # q and do of a row of a head
-        dq = 4 * self.key_width
-        rows = min(self.local, chip.cores * KEYS_OF_A_TILE)
-        between = rows * self.heads // self.kv_heads * (read + dq)
-        missed = max(0.0, 1 - chip.cache / between)
-        tiles = pairs * self.batch * self.heads / KEYS_OF_A_TILE
-        return max(products, missed * tiles * (read + 2 * dq) / chip.memory)
-
-    def hidden(self, compute: float, move: float) -> float:
-        """Seconds of a move behind compute, which it slows down."""
-        return max(compute, move) + self.hardware.contention * min(compute, move)
-
-    def ring(self) -> Cost:
-        chip = self.hardware
-        hops = self.pairs.shape[1]
-        busiest = self.pairs.max(0)  # all ranks wait for the slowest of a hop
-        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
-        forward_traffic, backward_traffic = self.ring_traffic(hops)
-        link = chip.permute_over(self.devices * self.inner)
-        move, gradient = (size / link + chip.latency for size in (kv, dkv))
-        masked = hops - 1 if self.causal else 0
-        compute = [self.forward(pairs) for pairs in busiest]
-        forward = sum(self.hidden(c, move) for c in compute[:-1]) + compute[-1]
-        forward += forward_traffic / chip.memory + masked * chip.forward_mask
-        backward = self.backward(busiest[0], whole=True)
-        if hops > 1:
-            half = self.backward(busiest[0] / 2)  # of the rank's own keys
-            compute = [self.backward(pairs) for pairs in busiest[1:]]
-            moves = [0.0] + [gradient] * (hops - 2)  # behind each: keys too, but for the last
-            moves = [m + (move if hop + 2 < hops else 0) for hop, m in enumerate(moves)]
-            backward = self.hidden(half, move) + self.hidden(half, gradient)
-            backward += sum(map(self.hidden, compute, moves))
-            backward += backward_traffic / chip.memory + masked * chip.backward_mask
-        return Cost(
-            strategy="ring",
-            flops=float(self.pair_flops * busiest.sum()),
-            forward_bytes=kv * (hops - 1),
-            backward_bytes=(kv + dkv) * (hops - 1),
-            forward_seconds=forward,
-            backward_seconds=backward,
-            overlap_threshold=self.threshold(),
-        )
-
-    def ring_traffic(self, hops: int) -> tuple[float, float]:
-        """Bytes that a device reads and writes for the ring's sake: forward, backward.
-
-        Counted in bfloat16 programs for H100 with D = E, what kernels carry in float32 included.
-        """
-        if hops == 1:
-            return 0.0, 0.0
-        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
-        carried = self.batch * self.local * self.heads * self.value_width * 4
-        # Keys and values are stacked once. The output goes from hop to hop in float32.
-        forward = 2 * kv + 2 * carried * (hops - 1)
-        # A hop writes its gradients, reads them and the sum that arrived, and writes the next sum.
-        backward = 4 * dkv * (hops - 1)
-        # Keys and sums travel together in `joined` messages: both are copied into the first, keys
-        # are copied out of each, and sums out of all but the last.
-        joined = hops - 3
-        if joined > 0:
-            backward += 2 * (kv + dkv) * joined + 2 * kv
-        return forward, backward
-
-    def threshold(self) -> int:
-        """Tokens per device from which a hop computes for longer than its keys travel.
-
-        c^2 pairs of a hop (half of them in a balanced causal layout) against c keys.
-        """
-        share = 0.5 if self.causal and self.layout.kind != "contiguous" else 1.0
-        rate = self.hardware.flops * self.hardware.forward
-        link = self.hardware.permute_over(self.devices * self.inner)
-        per_key = self.kv_heads * self.itemsize / link
-        return math.ceil(rate * per_key / (2 * self.heads * share))
-
-    def all_gather(self) -> Cost:
-        chip, pairs = self.hardware, float(self.pairs.sum(1).max())
-        others = self.devices - 1
-        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
-        # All keys are put in position order, their gradients back: read and written once.
-        link = chip.gather_over(self.devices)
-        gather = kv * others / link + chip.latency + 2 * kv * self.devices / chip.memory
-        scatter = dkv * others / link + chip.latency + 2 * dkv * self.devices / chip.memory
-        masks = (chip.forward_mask, chip.backward_mask) if self.causal else (0.0, 0.0)
-        return Cost(
-            strategy="all_gather",
-            flops=self.pair_flops * pairs,
-            forward_bytes=kv * others,
-            backward_bytes=dkv * others,
-            forward_seconds=gather + self.forward(pairs) + masks[0],
-            backward_seconds=scatter + self.backward(pairs) + masks[1],
-            overlap_threshold=None,
-        )
-
-    def swapped(self, strategy: Strategy, ranks: int) -> Cost:
-        """Ulysses in groups of U devices, and with several ranks a ring between them."""
-        chip, inner = self.hardware, self.devices // ranks
-        copies = kv_copies(self.heads, self.kv_heads, inner)
-        inside = dataclasses.replace(
-            self,
-            heads=self.heads // inner,
-            kv_heads=self.kv_heads * copies // inner,
-            devices=ranks,
-            inner=inner,
-            layout=Layout(self.layout.kind, ranks),
-        ).ring()
-        tokens = self.batch * self.local * self.itemsize
-        swapped = tokens * (self.heads + self.kv_heads * copies) * self.widths
-        sent = swapped * (inner - 1) / inner
-        # q, k, v and o, each also rearranged in memory on both sides.
-        exchange = sent / chip.swap_over(inner) + 4 * chip.latency + 4 * swapped / chip.memory
-        return dataclasses.replace(
-            inside,
-            strategy=strategy,
-            forward_bytes=inside.forward_bytes + sent,
-            backward_bytes=inside.backward_bytes + sent,
-            forward_seconds=inside.forward_seconds + exchange,
-            backward_seconds=inside.backward_seconds + exchange,
-            overlap_threshold=inside.overlap_threshold if ranks > 1 else None,
-        )

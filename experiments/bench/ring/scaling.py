@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 
 from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
-from longctx.parallel.cost import Cost, cheapest
+from longctx.parallel.cost import cheapest
+from longctx.parallel.cost_terms import Cost
 from longctx.parallel.hardware import HARDWARE, Hardware, hardware_of
 from longctx.provenance import read_rows, write_rows
 

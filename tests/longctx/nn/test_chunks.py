@@ -7,8 +7,8 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from longctx.nn import GLU
+from longctx.nn.chunks import in_chunks
 from longctx.nn.sharding import DEFAULT_AXES
-from longctx.nn.stack import in_chunks
 from tests.harness import assert_close
 
 WIDTH, HIDDEN = 32, 1024
