@@ -15,7 +15,7 @@ from longctx.attention.coded_cache import (
     coded_cache_attention,
     drop_codes,
 )
-from longctx.attention.slots import append
+from longctx.attention.slots import append, held
 from longctx.attention.sparse import (
     hash_matrix,
     hash_rows,
@@ -47,6 +47,7 @@ class TiedAttention(nnx.Module):
         scores smaller by sqrt(H).
     """
 
+    in_place = True  # its cache may be of `LayerSlots`
     strict = False  # whether a token does not see itself
 
     def __init__(
@@ -115,7 +116,7 @@ class TiedAttention(nnx.Module):
                 append(memory, x, cache.length, new)
                 for memory, x in zip(cache.memory, (k, v, k_codes), strict=True)
             )
-            o = self._attend_cached(q, q_codes, memory, cache.length)
+            o = self._attend_cached(q, q_codes, tuple(map(held, memory)), cache.length)
             cache = cache.advance(memory, new)
         return self.output(o.reshape(B, T, -1)), cache
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.slots import append
+from longctx.attention.slots import append, held
 from longctx.attention.tensorized import (
     Dims,
     Order,
@@ -115,10 +115,11 @@ class TensorizedAttention(SelfAttention):
             o = self._attend(q, k, v, doc_start)
         else:
             new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
-            keys, values, rings = cache.memory
-            keys, values = (append(m, x, cache.length, new) for m, x in ((keys, k), (values, v)))
-            o, rings = self._attend_cached(q, keys, values, rings, cache.length, new)
-            cache = cache.advance((keys, values, rings), new)
+            *memory, rings = cache.memory
+            memory = [append(m, x, cache.length, new) for m, x in zip(memory, (k, v), strict=True)]
+            keys, values, *rings = map(held, (*memory, *rings))
+            o, rings = self._attend_cached(q, keys, values, tuple(rings), cache.length, new)
+            cache = cache.advance((*memory, rings), new)
         return self.output(o.reshape(B, T, -1)), cache
 
     def _make_bias(self, value: float, rngs: nnx.Rngs) -> nnx.Param[Array]:

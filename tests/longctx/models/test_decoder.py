@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import MODELS, LightningConfig, count_parameters, without_gate
-from longctx.models.config import periods
+from longctx.models import (
+    MODELS,
+    LightningConfig,
+    count_parameters,
+    without_gate,
+)
+from longctx.models.config import SparseConfig, TensorizedConfig, periods
 from tests.harness import assert_close
 from tests.longctx.models.tiny import CONFIGS, TINY, abstract_model, tiny_model
 
@@ -57,10 +62,19 @@ def test_our_readings_have_the_sizes_in_their_names():
         assert abs(softmax / linear - 1) < 0.01
 
 
-@pytest.mark.parametrize("name", ["tnl", "transformer", "hybrid", "gpt2"])
-def test_decoding_equals_a_full_pass(name):
+SPARSE = dataclasses.replace(  # two repeats of a period of two layers
+    TINY,
+    num_layers=4,
+    mixers=("tensorized", "hash"),
+    sparse=SparseConfig(num_buckets=2),
+    tensorized=TensorizedConfig(dims=(4, None)),
+)
+
+
+@pytest.mark.parametrize("config", ["tnl", "transformer", "hybrid", "gpt2", SPARSE])
+def test_decoding_equals_a_full_pass(config):
     """Prompts of unequal length, continued in two pieces, then token by token."""
-    model = tiny_model(name)
+    model = tiny_model(config)
     full = jax.jit(lambda tokens: model.logits(model(tokens)))(TOKENS)
     prefill, decode = jax.jit(model.prefill), jax.jit(model.decode)
     lengths = np.array([4, 2])
