@@ -145,10 +145,9 @@ def add_floors(rows: list[dict], rate: float) -> None:
 
 def main() -> None:
     """Measure the groups asked for."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to torch
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"
-    )  # and takes nearly all if needed
+    # JAX leaves memory to torch, and takes nearly all of it if need be.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     platform = jax.default_backend()
     groups = groups_for(platform)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

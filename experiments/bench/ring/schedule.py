@@ -20,6 +20,7 @@ import jax
 from rich.progress import track
 
 from experiments.bench.ring.programs import PASSES, STRATEGIES, Case, heads_pair
+from experiments.bench.ring.scaling import case_of
 from experiments.bench.ring.topology import TPUS, devices_of
 from longctx.compiler import training_options
 from longctx.parallel import verify_overlap
@@ -82,7 +83,7 @@ def main() -> None:
     path = options.out / f"ring_schedule_{options.chip}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = read_rows(path) if path.exists() else []
-    done = {Case(*(row[field] for field in Case._fields)) for row in known}
+    done = set(map(case_of, known))
     todo = [case for case in cases(options) if case not in done]
     for case in track(todo, f"compiling for {options.chip}"):
         row = row_of(case, options.chip)
