@@ -73,26 +73,20 @@ class Runtime:
     """Milliseconds and tiles, by operator and length."""
 
     def measure(self, scale: str, runs: Path) -> Iterator[Row]:
-        """Time every operator; all are compiled before the first is timed."""
+        """Time every operator, length by length: those of one are compiled side by side."""
         del runs  # nothing is trained
         grid = GRIDS[scale]
-        batches = {length: max(1, min(grid.batch, TOKENS // length)) for length in grid.lengths}
-        arms_of = {n: _arms(grid, (batch, n, grid.heads)) for n, batch in batches.items()}
-
-        def arrays_of(length: int) -> list[jax.Array]:
-            return inputs(batches[length], length, grid.heads, grid.width)
-
-        programs = iter(
-            compile_all(
-                functools.partial(both(arm.function).lower, *types, *arm.rest)
-                for length, arms in arms_of.items()
-                for types in [jax.eval_shape(functools.partial(arrays_of, length))]
-                for arm in arms
-            )
-        )
         for length in track(grid.lengths, "lengths", console=Console(stderr=True)):
-            batch, arms, arrays = batches[length], arms_of[length], arrays_of(length)
-            times = [time_ms(next(programs), *arrays, *arm.rest, batches=3) for arm in arms]
+            batch = max(1, min(grid.batch, TOKENS // length))
+            arms = _arms(grid, (batch, length, grid.heads))
+            arrays = inputs(batch, length, grid.heads, grid.width)
+            programs = compile_all(
+                functools.partial(both(arm.function).lower, *arrays, *arm.rest) for arm in arms
+            )
+            times = [
+                time_ms(program, *arrays, *arm.rest, batches=3)
+                for program, arm in zip(programs, arms, strict=True)
+            ]
             dense = min(ms for ms, arm in zip(times, arms, strict=True) if "dense" in arm.name)
             for arm, ms in zip(arms, times, strict=True):
                 yield {

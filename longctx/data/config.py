@@ -17,8 +17,8 @@ class DataConfig:
 
     # "python-stdlib" (source text of the running Python's standard library), or the path of a
     # text file, a .jsonl or .parquet file, any of these with .gz, or a directory of such files; or
-    # "task:NAME", the episodes of a task of longctx.tasks (of several in turn: "task:NAME+NAME"),
-    # of whose tokens only answers count; or
+    # "task:NAME", the episodes of a task of longctx.tasks (of several in turn: "task:NAME+NAME";
+    # "NAME@64": episodes of 64 tokens, packed), of whose tokens only answers count; or
     # "NAME:PATH", a published corpus of longctx.data.corpora at a path of yours.
     source: str = STDLIB
     # Held-out text, same forms as `source`; empty: documents of `source` chosen by a fixed hash.

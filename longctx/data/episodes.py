@@ -1,4 +1,8 @@
-"""Synthetic long-context tasks as data: `task:NAME`, or `task:NAME+NAME` for several in turn."""
+"""Synthetic long-context tasks as data: `task:NAME`, or `task:NAME+NAME` for several in turn.
+
+`NAME@LENGTH` packs episodes of LENGTH tokens into each sequence, as many as fit: recall is learned
+far sooner from short ones (the training mixture of 2312.04927 has several lengths too).
+"""
 
 import dataclasses
 from typing import SupportsIndex
@@ -17,11 +21,31 @@ EPISODES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """A task, and the length of its episodes; None: that of the sequence."""
+
+    task: Task
+    length: int | None
+
+    @classmethod
+    def named(cls, text: str, codec: TextCodec) -> "Source":
+        """What `NAME` or `NAME@LENGTH` stands for.
+
+        Raises:
+          ValueError: there is no such task, or the length is not a positive number.
+        """
+        name, at, length = text.partition("@")
+        if at and not (length.isdecimal() and int(length) > 0):
+            raise ValueError(f"{text} must have a positive number of tokens behind @")
+        return cls(named_task(name, codec), int(length) if at else None)
+
+
+@dataclasses.dataclass(frozen=True)
 class Episodes:
     """The episodes of tasks, in turn: what a `Corpus` is for text; its loss is in nats a token."""
 
     name: str
-    tasks: tuple[Task, ...]
+    sources: tuple[Source, ...]
     split: Split
     seed: int
 
@@ -44,16 +68,16 @@ def load_episodes(config: DataConfig, split: Split, *, vocab_size: int) -> Episo
     name = config.source.removeprefix(PREFIX)
     codec = TextCodec.named(config.tokenizer)
     try:
-        tasks = tuple(named_task(one, codec) for one in name.split("+"))
+        sources = tuple(Source.named(one, codec) for one in name.split("+"))
     except ValueError as error:
         raise DataError(f"data.source={config.source}: {error}") from error
-    needed = max(task.vocab_size for task in tasks)
+    needed = max(source.task.vocab_size for source in sources)
     if needed > vocab_size:
         raise DataError(
             f"data.source={config.source} needs model.vocab_size={vocab_size} to be at least "
             f"{needed}"
         )
-    return Episodes(name, tasks, split, config.seed)
+    return Episodes(name, sources, split, config.seed)
 
 
 class EpisodeRows:
@@ -63,11 +87,11 @@ class EpisodeRows:
     """
 
     def __init__(self, episodes: Episodes, length: int) -> None:
-        self._tasks = episodes.tasks
+        self._sources = episodes.sources
         self._seed, self._split = episodes.seed, "train" if episodes.split == "train" else "test"
         self._length = length
         try:
-            for index in range(len(self._tasks)):
+            for index in range(len(self._sources)):
                 self[index]
         except ValueError as error:
             raise DataError(f"data.source={PREFIX}{episodes.name}: {error}") from error
@@ -77,15 +101,31 @@ class EpisodeRows:
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         index = int(index)
-        task = self._tasks[index % len(self._tasks)]
-        # One token more than the sequence, so that its last token has a target too.
-        episode = episode_at(
-            task, index, length=self._length + 1, seed=self._seed, split=self._split
-        )
+        source = self._sources[index % len(self._sources)]
+        length = source.length or self._length
+        if length > self._length:
+            raise ValueError(f"episodes of {length} tokens must fit in sequences of {self._length}")
+        starts = np.arange(0, self._length - length + 1, length)
+        tokens = np.zeros(self._length, np.int32)  # what is left at the end belongs to the last
+        targets = np.full(self._length, -1, np.int32)
+        for place, start in enumerate(starts):
+            # One token more than the sequence, so that its last token has a target too.
+            episode = episode_at(
+                source.task,
+                index + place * EPISODES,
+                length=length + 1,
+                seed=self._seed,
+                split=self._split,
+            )
+            answers = np.where(episode.answer, episode.tokens, -1)
+            tokens[start : start + length] = episode.tokens[:-1]
+            targets[start : start + length] = answers[1:]
+        at = np.arange(self._length, dtype=np.int32)
+        doc_start = starts[np.minimum(at // length, len(starts) - 1)].astype(np.int32)
         return {
-            "tokens": episode.tokens[:-1],
-            "targets": np.where(episode.answer, episode.tokens, -1)[1:].astype(np.int32),
-            "doc_start": np.zeros(self._length, np.int32),
-            "positions": np.arange(self._length, dtype=np.int32),
+            "tokens": tokens,
+            "targets": targets,
+            "doc_start": doc_start,
+            "positions": at - doc_start,
             "index": np.asarray(index),
         }

@@ -58,13 +58,17 @@ def hide(
     if room < 0:
         raise ValueError(f"{length=} must be at least {length - room} for these facts and question")
     sentences = [codec.encode(text) for text in _FILLER]
+    sentence: list[int] = []
     tokens: list[int] = []
     used = 0
     for fact, ids in [*pieces, (Fact("", 1.0), [])]:
-        while used < fact.depth * room:
-            sentence = sentences[int(rng.integers(len(sentences)))][: room - used]
+        while used < room:
+            sentence = sentence or sentences[int(rng.integers(len(sentences)))][: room - used]
+            if fact.depth * room - used < len(sentence) / 2:
+                break  # the fact goes where sentences meet nearest to its depth
             tokens += sentence
             used += len(sentence)
+            sentence = []
         tokens += ids
     marked = np.zeros(length, bool)
     marked[length - len(target) :] = True

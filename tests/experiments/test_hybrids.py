@@ -24,7 +24,8 @@ def test_arms_differ_by_their_mixers_alone():
     assert kinds["1 lightning : 1"].count("softmax") == 4
     assert kinds["softmax"] == ("softmax",) * 8
     for run in runs.values():
-        assert run.data.source == "task:mqar-often+mqar+mqar-64+needle"
+        short = "mqar-often@32+mqar-often@64+mqar-often@128"
+        assert run.data.source == f"task:{short}+mqar+mqar-64+needle"
         assert (run.data, run.optim) == (runs["softmax"].data, runs["softmax"].optim)
         residual = run.model.residual
         assert residual.mlp[1] < residual.softmax[1] == residual.lightning[1] < 1
