@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.data.config import DataConfig
+from longctx.data.episodes import shorter
 from longctx.eval.recall import draw_needle, evaluate_tasks
 from longctx.models import BYTE_VOCAB, ResidualConfig, SoftmaxConfig, count_parameters, tnl
 from longctx.reproduce import Part, Row
@@ -43,6 +44,9 @@ ARMS: dict[str, tuple[tuple[str, ...], str]] = {
     "7 window : 1": (("window",) * 7 + ("softmax",), "46.8, 25.7, 53.9"),
 }
 
+
+# Practised in shorter episodes beside what is scored: questions wherever there is room.
+PRACTICE = "mqar-often"
 
 # What joins the stream of a sublayer's output (ours): MLPs bury embeddings most, mixers in eight
 # layers too.
@@ -88,15 +92,6 @@ SCALES = {
 }
 
 
-def practice(length: int) -> tuple[str, ...]:
-    """Trained on beside what is scored: short episodes, with questions wherever there is room.
-
-    An eighth, a quarter and a half of the length, but room for eight pairs and as many questions.
-    """
-    lengths = dict.fromkeys(max(32, length // parts) for parts in (8, 4, 2))
-    return tuple(f"mqar-often@{short}" for short in lengths)
-
-
 def run(scale: Scale, mixers: tuple[str, ...]) -> RunConfig:
     """The run that trains one model on all tasks."""
     heads = scale.width // scale.head_dim
@@ -114,7 +109,7 @@ def run(scale: Scale, mixers: tuple[str, ...]) -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig(
-            source=f"task:{'+'.join((*practice(scale.length), *scale.tasks))}",
+            source=f"task:{'+'.join((*shorter(PRACTICE, scale.length), *scale.tasks))}",
             sequence_length=scale.length,
             batch_size=scale.batch,
         ),

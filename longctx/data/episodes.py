@@ -20,6 +20,15 @@ PREFIX = "task:"
 EPISODES = 2**20
 
 
+def shorter(task: str, length: int) -> tuple[str, ...]:
+    """Sources of `task` in episodes of an eighth, a quarter and half of `length` tokens.
+
+    None is shorter than 32: eight pairs to recall, and as many questions.
+    """
+    lengths = dict.fromkeys(max(32, length // parts) for parts in (8, 4, 2))
+    return tuple(f"{task}@{short}" for short in lengths)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A task, and the length of its episodes; None: that of the sequence."""

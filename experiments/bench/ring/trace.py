@@ -41,14 +41,14 @@ class Span(NamedTuple):
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row per device of each step."""
-    runs = training.models(options.smoke)
+    runs = training.models(options.smoke, options.chunk)
     lengths = options.per_device or training.PER_DEVICE
     cases = list(itertools.product(options.models, lengths, options.devices))
     configs = [training.over(runs[name], n, local) for name, local, n in cases]
     steps = compile_all(map(training.lowering, configs), options=dict(options.xla) or None)
     for (name, local, devices), config, step in zip(cases, configs, steps, strict=True):
         about = {"group": "trace", "model": name, "devices": devices, "per_device": local}
-        about["xla"] = dict(options.xla)
+        about |= {"chunk": config.model.mlp.chunk, "xla": dict(options.xla)}
         for device, spans in traced(config, step).items():
             yield about | {"device_number": device, **spent(spans)}
 

@@ -31,12 +31,15 @@ SMOKE_GRAIN = 64
 PER_DEVICE = (8192, 32768)
 
 
-def models(smoke: bool) -> dict[str, RunConfig]:
-    """The runs by name; their length and mesh are set by `over`."""
+def models(smoke: bool, chunk: int | None = None) -> dict[str, RunConfig]:
+    """The runs by name; their length and mesh are set by `over`.
+
+    `chunk` tokens pass an MLP at once; None: as few as is sensible, for the longest sequences.
+    """
     base, grain = (SMOKE, SMOKE_GRAIN) if smoke else (PAPER, GRAIN)
 
     def saving(model: ModelConfig) -> RunConfig:
-        mlp = dataclasses.replace(model.mlp, chunk=grain)
+        mlp = dataclasses.replace(model.mlp, chunk=grain if chunk is None else chunk)
         return dataclasses.replace(base, model=dataclasses.replace(model, remat="block", mlp=mlp))
 
     return {"TNL": saving(base.model), "Transformer": saving(transformer(base.model))}
@@ -61,7 +64,8 @@ def sparing(run: RunConfig, devices: int, local: int) -> RunConfig:
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens per second of a device, and beside it that of one device at the same length each."""
     lengths = options.per_device or PER_DEVICE
-    found = {name: models(options.smoke)[name] for name in options.models}
+    runs = models(options.smoke, options.chunk)
+    found = {name: runs[name] for name in options.models}
     configs = {
         (name, devices): [over(run, devices, local) for local in lengths]
         for name, run in found.items()
@@ -76,7 +80,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         rows = time_steps(name, several, steps, mesh)
         for local, row in zip(lengths, rows, strict=True):
             row = {"group": "training", **row, "devices": devices, "per_device": local}
-            row["xla"] = dict(options.xla)
+            row |= {"chunk": found[name].model.mlp.chunk, "xla": dict(options.xla)}
             if "failed" not in row:
                 speed = row["tokens_per_second"] / devices
                 first = alone.setdefault((name, local), speed)

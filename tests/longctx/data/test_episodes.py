@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from longctx.data.config import DataConfig, DataError
-from longctx.data.episodes import load_episodes
+from longctx.data.episodes import load_episodes, shorter
 from longctx.tasks import Needle, named_task
 from longctx.tasks.episode import episode_at
 
@@ -37,6 +37,12 @@ def test_short_episodes_are_packed_as_documents():
         tokens = row["tokens"][start : start + 40]
         for at in answered:  # a key's target is the value that stands behind it
             assert tokens[at + 1] == row["targets"][start + at]
+
+
+def test_shorter_episodes_leave_room_for_eight_pairs():
+    assert shorter("mqar", 512) == ("mqar@64", "mqar@128", "mqar@256")
+    assert shorter("mqar", 64) == ("mqar@32",)
+    assert (rows("+".join(shorter("mqar-often", 64)), 64)[0]["targets"] >= 0).sum() == 16
 
 
 @pytest.mark.parametrize(
