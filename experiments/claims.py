@@ -201,6 +201,14 @@ PAPERS: dict[str, list[Section]] = {
                 ),
             )
         ),
+        bench(
+            "ring_chunks_training",
+            "Training over devices, MLPs in chunks of 4096 tokens instead of 1024",
+            "Each device is as fast as one alone with as many tokens.",
+            lines.ring_training,
+            "ring --groups training --models TNL --chunk 4096 --name ring_chunks",
+            "two H200",
+        ),
         *(
             bench(
                 f"ring_schedule_{chip}",

@@ -7,6 +7,7 @@ written, and the exit code says whether both files are up to date.
 """
 
 import argparse
+from collections.abc import Iterable, Sequence
 
 from experiments.claims import PAPERS, ROOT, Section
 from experiments.left_out import LEFT_OUT
@@ -37,7 +38,7 @@ def results() -> str:
             rows = read_rows(ROOT / section.file)
             text += [f"### {section.title}\n", f"{section.claim}\n", *HEAD]
             text += [_shown(line) for line in section.lines(rows)]
-            text += ["", _origin(rows[0], section) + "\n"]
+            text += ["", _origin(rows, section) + "\n"]
     text += ["## Not measured yet\n", "| what | claim | it takes | command |", "|---|---|---|---|"]
     for section in (s for sections in PAPERS.values() for s in sections if not s.is_measured):
         cells = (section.title, section.claim, section.needs, f"`{section.command}`")
@@ -62,14 +63,23 @@ def _shown(line: Line, title: str = "") -> str:
     return f"| {what} | {line.beside} | {line.theirs} | {line.ours} | {ratio} |"
 
 
-def _origin(row: Row, section: Section) -> str:
+def _origin(rows: Sequence[Row], section: Section) -> str:
+    """Where and when all rows were measured, with the software of the first."""
+    row = rows[0]
+    devices = _all(f"{r['device_count']} x {r['device']}" for r in rows)
     versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
     driver = f", driver {row['driver']}" if row["driver"] else ""
-    commit = f"; commit {row['commit']}" if row["commit"] else ""
+    commits = _all(r["commit"] for r in rows if r["commit"])
+    commit = f"; commit {commits}" if commits else ""
     return (
-        f"{row['device_count']} x {row['device']}{driver}; {versions}; {row['date'][:10]}{commit}. "
+        f"{devices}{driver}; {versions}; {_all(r['date'][:10] for r in rows)}{commit}. "
         f"`{row['command']}`; rows in `{section.file}`."
     )
+
+
+def _all(values: Iterable[str]) -> str:
+    """Each once."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def with_table(readme: str) -> str:

@@ -75,6 +75,11 @@ def adapted(run: RunConfig, source: str) -> RunConfig:
     )
 
 
+def reordered(run: RunConfig) -> RunConfig:
+    """`run` with its data in the order of its seed: nothing else tells two adapted runs apart."""
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, seed=run.train.seed))
+
+
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
     """Every arm goes on from one dense model, and is scored at and beyond the length adapted at."""
@@ -98,7 +103,10 @@ class Adaptation:
         """The pretrained model, then a part per arm and seed; all scored at the same lengths."""
         before = self.pretrained[scale]
         ablation = self.ablation(scale, str(runs / run_name(before)))
-        adapted = [dataclasses.replace(p, after=before) for p in ablation.parts(scale, runs)]
+        adapted = [
+            dataclasses.replace(p, after=before, config=reordered(p.config))
+            for p in ablation.parts(scale, runs)
+        ]
         pretrained = dataclasses.replace(
             adapted[0],
             name=BEFORE,

@@ -136,7 +136,10 @@ def by_place(run: Path, block: int, *, tokens: int) -> list[dict[str, float]]:
 
 
 def arms_table(rows: Sequence[Row], column: str, value: str, digits: int = 4) -> list[str]:
-    """The `value` of each row: a line per arm and seed, a column for all there is of `column`."""
+    """The `value` of each row: a line per arm and seed, a column for all there is of `column`.
+
+    What was not measured yet is left empty.
+    """
     columns = list(dict.fromkeys(r[column] for r in rows))
     lines = [
         f"| arm | seed | {' | '.join(map(str, columns))} |",
@@ -145,7 +148,7 @@ def arms_table(rows: Sequence[Row], column: str, value: str, digits: int = 4) ->
     for arm, seed in dict.fromkeys((r["arm"], r["seed"]) for r in rows):
         of_arm = [r for r in rows if (r["arm"], r["seed"]) == (arm, seed)]
         found = {r[column]: f"{r[value]:.{digits}f}" for r in of_arm}
-        lines.append(f"| {arm} | {seed} | {' | '.join(found[c] for c in columns)} |")
+        lines.append(f"| {arm} | {seed} | {' | '.join(found.get(c, '') for c in columns)} |")
     return lines
 
 

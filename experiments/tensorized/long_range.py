@@ -109,11 +109,11 @@ class Recall:
         figure = Figure(figsize=(8, 1 + 0.5 * len(arms)), layout="constrained")
         axes = figure.add_subplot(xlabel="share of right answers", xlim=(0, 1))
         for i, task in enumerate(tasks):
-            means = [
-                statistics.mean(r["accuracy"] for r in rows if (r["arm"], r["task"]) == (arm, task))
-                for arm in arms
-            ]
-            places = [y + 0.8 * i / len(tasks) for y in range(len(arms))]
+            found: dict[str, list[float]] = {}
+            for r in (r for r in rows if r["task"] == task):
+                found.setdefault(r["arm"], []).append(r["accuracy"])
+            places = [arms.index(arm) + 0.8 * i / len(tasks) for arm in found]
+            means = [statistics.mean(accuracies) for accuracies in found.values()]
             axes.barh(places, means, 0.8 / len(tasks), label=task)
         axes.set_yticks([y + 0.4 - 0.4 / len(tasks) for y in range(len(arms))], arms)
         axes.invert_yaxis()
