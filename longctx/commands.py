@@ -13,6 +13,7 @@ from longctx.configs import RUNS
 from longctx.errors import UserError
 from longctx.generate import Sampling
 from longctx.launch import LaunchConfig, join
+from longctx.parallel.mesh import MeshConfig
 from longctx.train.config import RunConfig
 
 ONE_OR_FOUND = LaunchConfig()
@@ -145,6 +146,8 @@ class EvalOptions:
     episodes: int = 64
     # Held-out tokens to score, at least one sequence of the largest length.
     tokens: int = 2**16
+    # The devices: --mesh.seq 4 splits sequences over four, --mesh.data 4 the batch.
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if not all(n.isdecimal() and int(n) > 0 for n in self.lengths.split(",")):
@@ -152,6 +155,9 @@ class EvalOptions:
         for length in self.parsed:
             if not self.tasks and max(self.parsed) % length:
                 raise ValueError(f"lengths={self.lengths}: {length} does not divide the largest")
+            if length % self.mesh.seq:
+                seq = self.mesh.seq
+                raise ValueError(f"lengths={self.lengths}: mesh.seq={seq} must divide {length}")
         if self.episodes < 1 or self.tokens < 1:
             raise ValueError(f"episodes={self.episodes} and tokens={self.tokens} must be positive")
 
@@ -162,7 +168,7 @@ class EvalOptions:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """`longctx eval RUN [--lengths 512,1024] [--tokens N | --tasks needle,mqar]`."""
+    """`longctx eval RUN [--lengths 512,1024] [--tokens N | --tasks needle,mqar] [--mesh.seq N]`."""
     options = parse(EvalOptions, "eval", arguments)
 
     if options.tasks:
@@ -170,12 +176,13 @@ def evaluate(arguments: Sequence[str]) -> None:
         from longctx.tasks import TASKS
 
         names = list(TASKS) if options.tasks == "all" else options.tasks.split(",")
-        evaluate_tasks(options.run, names, options.parsed, count=options.episodes)
+        count, mesh = options.episodes, options.mesh
+        evaluate_tasks(options.run, names, options.parsed, count=count, mesh=mesh)
         return
 
     from longctx.eval.lengths import evaluate as run
 
-    run(options.run, options.parsed, tokens=options.tokens)
+    run(options.run, options.parsed, tokens=options.tokens, mesh=options.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

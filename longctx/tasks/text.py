@@ -5,6 +5,7 @@ Every task is a set of facts hidden in filler text, a question, and an answer th
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from collections import Counter
 
 import numpy as np
@@ -58,7 +59,7 @@ def hide(
     if room < 0:
         raise ValueError(f"{length=} must be at least {length - room} for these facts and question")
     sentences = [codec.encode(text) for text in _FILLER]
-    sentence: list[int] = []
+    sentence: Sequence[int] = ()
     tokens: list[int] = []
     used = 0
     for fact, ids in [*pieces, (Fact("", 1.0), [])]:
@@ -68,7 +69,7 @@ def hide(
                 break  # the fact goes where sentences meet nearest to its depth
             tokens += sentence
             used += len(sentence)
-            sentence = []
+            sentence = ()
         tokens += ids
     marked = np.zeros(length, bool)
     marked[length - len(target) :] = True

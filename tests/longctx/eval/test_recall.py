@@ -78,6 +78,26 @@ def test_one_command_from_a_run_to_rows_and_picture(trained, capsys):
     assert "accuracy by length" in capsys.readouterr().out
 
 
+def test_two_devices_score_like_one(trained):
+    def scores(name, *options):
+        evaluate([str(trained), "--lengths", "64,128", *options])
+        rows = [json.loads(line) for line in (trained / name).read_text().splitlines()]
+        return [r.get("accuracy", r.get("bits_per_byte")) for r in rows]
+
+    mesh = ("--mesh.seq", "2")
+    tasks = ("--tasks", "mqar,induction", "--episodes", "8")
+    assert scores("tasks.jsonl", *tasks, *mesh) == scores("tasks.jsonl", *tasks)
+    text = ("--tokens", "1024")
+    found, expected = scores("eval.jsonl", *text, *mesh), scores("eval.jsonl", *text)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_devices_must_divide_the_lengths(trained, capsys):
+    with pytest.raises(SystemExit):
+        evaluate([str(trained), "--tasks", "mqar", "--lengths", "64,129", "--mesh.seq", "2"])
+    assert "lengths=64,129: mesh.seq=2 must divide 129" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("names", "length", "message"),
     [
