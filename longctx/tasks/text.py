@@ -5,8 +5,8 @@ Every task is a set of facts hidden in filler text, a question, and an answer th
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
