@@ -209,6 +209,14 @@ PAPERS: dict[str, list[Section]] = {
             "ring --groups training --models TNL --chunk 4096 --name ring_chunks",
             "two H200",
         ),
+        bench(
+            "ring_trace",
+            "Where the time of a training step goes",
+            "By the profiler, beside which kernels start more slowly.",
+            lines.ring_trace,
+            "ring --groups trace --models TNL --devices 1 2 --per-device 8192",
+            "two H100",
+        ),
         *(
             bench(
                 f"ring_schedule_{chip}",

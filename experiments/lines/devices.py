@@ -15,7 +15,8 @@ def ring(rows: Sequence[Row]) -> Iterator[Line]:
     for r in rows:
         if "of_ideal" in r:
             ideal = {"ms": r["ideal_ms"]}
-            headline = r["group"] == "ideal" and bool(r["xla"])  # as `longctx train` compiles
+            headline = r["group"] == "ideal" and r["which"] == "forward_backward"
+            headline = headline and bool(r["xla"])  # as `longctx train` compiles
             yield compare_ms(
                 _sharded(r), ideal, r, "ms", f"1/{r['devices']} of one device", headline
             )
@@ -50,6 +51,7 @@ def ring_training(rows: Sequence[Row]) -> Iterator[Line]:
     longer sequence: they have it on the same sequence, and without a row of it nothing is compared.
     """
     one = {(r["model"], r["length"]): r for r in rows if r["devices"] == 1 and "failed" not in r}
+    longest = max(r["per_device"] for r in rows)
     for r in rows:
         if r["devices"] == 1 or "failed" in r:
             continue
@@ -58,9 +60,26 @@ def ring_training(rows: Sequence[Row]) -> Iterator[Line]:
         length = r["per_device" if r["model"] == "TNL" else "length"]
         if (r["model"], length) in one:
             theirs = one[r["model"], length]["tokens_per_second"]
-            yield compare_speed(what, f"one device, {length} tokens", theirs, ours, True)
+            headline = r["per_device"] == longest
+            yield compare_speed(what, f"one device, {length} tokens", theirs, ours, headline)
         else:
             yield Line(what, "", "", f"{ours:,.0f} tokens/s")
+
+
+def ring_trace(rows: Sequence[Row]) -> Iterator[Line]:
+    """Where the time of a step over devices goes, beside one device with as many tokens."""
+    one = {(r["model"], r["per_device"]): r for r in rows if r["devices"] == 1}
+    for r in (r for r in rows if r["devices"] > 1):
+        alone = one[r["model"], r["per_device"]]
+        where = f"{r['model']}, {r['devices']} x {r['per_device']} tokens, GPU {r['device_number']}"
+        for part, name in (
+            ("whole", "a traced step"),
+            ("computing", "computing"),
+            ("moving_alone", "moving, with no computing beside it"),
+            ("idle", "idle"),
+        ):
+            theirs, ours = alone[f"{part}_ms"], r[f"{part}_ms"]
+            yield Line(f"{where}: {name}", "one GPU", f"{theirs:.1f} ms", f"{ours:.1f} ms")
 
 
 def ring_longest(rows: Sequence[Row]) -> Iterator[Line]:

@@ -60,7 +60,7 @@ def lightning_lengths(rows: Sequence[Row]) -> Iterator[Line]:
                 yield Line(what, beside, "", f"not measured: {r['absent']}")
                 continue
             shown = (f"{theirs:.1f} ns", f"{ours:.1f} ns")
-            yield Line(what, beside, *shown, ours / theirs, headline=r["platform"] == "cpu")
+            yield Line(what, beside, *shown, ours / theirs)
 
 
 def lightning_generations(rows: Sequence[Row]) -> Iterator[Line]:
@@ -85,6 +85,7 @@ def flash(rows: Sequence[Row]) -> Iterator[Line]:
     """Kernel times against cuDNN's, through jax.nn, in the same process."""
     shape = ("batch", "length", "heads", "kv_heads", "width", "window", "document")
     timed = [r for r in rows if "forward_ms" in r]
+    longest = max((r["length"] for r in timed if r["group"] == "dense"), default=0)
     rivals = {tuple(r[n] for n in shape): r for r in timed if r["implementation"] == "cudnn"}
     for ours in (r for r in timed if r["implementation"] == "ours"):
         rival = rivals.get(tuple(ours[n] for n in shape))
@@ -95,7 +96,8 @@ def flash(rows: Sequence[Row]) -> Iterator[Line]:
         window = f", window {ours['window']}" if ours["window"] else ""
         where = f"D {ours['width']}, {ours['batch']} x {ours['length']}{heads}{window}"
         for key, name in (("forward_ms", "forward"), ("both_ms", "forward + backward")):
-            headline = ours["group"] == "dense" and key == "both_ms"
+            told = ours["group"] == "dense" and ours["length"] == longest
+            headline = told and key == "both_ms"
             yield compare_ms(f"{name}, {where}", rival, ours, key, "cuDNN", headline)
 
 
