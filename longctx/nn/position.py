@@ -12,7 +12,6 @@ from longctx.nn.cache import Cache
 from longctx.nn.sharding import AxisName, parameter
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import sequence_axis
-from pallas_kernels._pallas import unify_varying, varying_axes
 
 
 def token_positions(length: int, doc_start: Int[Array, "B T"] | None = None) -> Int[Array, "#B T"]:
@@ -64,51 +63,10 @@ class LRPE(nnx.Module):
         self, positions: Int[Array, "#B T"], *arrays: Float[Array, "B T H D"]
     ) -> tuple[Float[Array, "B T H 2*D"], ...]:
         """Encode every array alike; the angle is computed in float32, once."""
-        theta = self.theta[...]
-        axes = varying_axes(theta, positions, *arrays)
-        return _turn(*unify_varying((theta, positions, arrays), axes))
-
-
-@jax.custom_vjp
-def _turn(
-    theta: Float[Array, "H D"],
-    positions: Int[Array, "#B T"],
-    arrays: tuple[Float[Array, "B T H D"], ...],
-) -> tuple[Float[Array, "B T H 2*D"], ...]:
-    """[x cos, x sin] of every array x.
-
-    The backward pass computes cosines and sines, in float32 four times as large as x, anew: kept
-    until then they would be most of what this takes of the memory of a long sequence.
-    """
-    cos, sin = _cos_and_sin(theta, positions)
-    return tuple(jnp.concatenate([x * cos, x * sin], axis=-1).astype(x.dtype) for x in arrays)
-
-
-def _cos_and_sin(theta: Array, positions: Array) -> tuple[Array, Array]:
-    # A product, not an einsum: matrix units would round positions beyond a few hundred.
-    angle = positions.astype(jnp.float32)[:, :, None, None] * theta[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _turn_forward(theta: Array, positions: Array, arrays: tuple[Array, ...]):
-    return _turn(theta, positions, arrays), (theta, positions, arrays)
-
-
-def _turn_backward(saved: tuple[Array, Array, tuple[Array, ...]], cotangents: tuple[Array, ...]):
-    theta, positions, arrays = saved
-    # Else XLA finds that the forward pass has them, and keeps those.
-    theta, positions, cotangents = jax.lax.optimization_barrier((theta, positions, cotangents))
-    cos, sin = _cos_and_sin(theta, positions)
-    arrays_and_parts = [
-        (x, *jnp.split(g, 2, axis=-1)) for x, g in zip(arrays, cotangents, strict=True)
-    ]
-    dangle = sum(x * (by_sin * cos - by_cos * sin) for x, by_cos, by_sin in arrays_and_parts)
-    dtheta = jnp.sum(dangle * positions[:, :, None, None], axis=(0, 1))
-    dx = ((by_cos * cos + by_sin * sin).astype(x.dtype) for x, by_cos, by_sin in arrays_and_parts)
-    return dtheta, None, tuple(dx)
-
-
-_turn.defvjp(_turn_forward, _turn_backward)
+        # A product, not an einsum: matrix units would round positions beyond a few hundred.
+        angle = positions.astype(jnp.float32)[:, :, None, None] * self.theta[...][None, None]
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return tuple(jnp.concatenate([x * cos, x * sin], axis=-1).astype(x.dtype) for x in arrays)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What a training step needs of each device's memory, by the TPU compiler."""
 
+import dataclasses
+
 import pytest
 
 from experiments.bench.ring.topology import devices_of
@@ -21,10 +23,11 @@ MODEL = ModelConfig(
 )
 
 
-def temporary(devices: int) -> int:
+def temporary(devices: int, model: ModelConfig = MODEL) -> int:
     """Bytes on each of `devices` with 8192 tokens each."""
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
     config = RunConfig(
-        model=MODEL,
+        model=model,
         data=DataConfig(sequence_length=8192 * devices, batch_size=1),
         mesh=MeshConfig(seq=devices),
         parallel=ParallelConfig(strategy="ring", layout="zigzag"),
@@ -35,5 +38,9 @@ def temporary(devices: int) -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_total_length():
-    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
     assert temporary(16) <= 1.1 * temporary(4)
+
+
+@pytest.mark.slow
+def test_layers_outside_of_loops_are_computed_again_too():
+    assert temporary(4, dataclasses.replace(MODEL, unroll=True)) <= temporary(4)
