@@ -9,13 +9,13 @@ lightning below with 64 pairs, about what its states can hold. Some minutes a mo
 
 Every model is trained on all the tasks in turn, on bytes, and then scored at its length and beyond.
 Short episodes are practised beside those of the whole length: without them softmax attention
-guessed among an episode's values for all of 4000 steps at the same rate (MQAR 0.33; one H100, one
-seed), and no model learned to recall within 3400 steps without `RESIDUAL`. It weighs down what
-sublayers add: the weights' first spread is width^-1/2 instead of 0.02, since in models this narrow
-recall is learned much later otherwise, and random sublayers of that spread bury the token's own
-embedding, by which keys are matched. RoPE's wavelengths end near the trained length, so that most
-of its features tell neighbours apart; with the usual base of 10000 tiny models did not learn to
-look one token back in 800 steps.
+guessed among an episode's values for all of 4000 steps at the same rate (one H100, one seed), and
+no model learned to recall within 3400 steps without `RESIDUAL`. It weighs down what sublayers add:
+the weights' first spread is width^-1/2 instead of 0.02, since in models this narrow recall is
+learned much later otherwise, and random sublayers of that spread bury the token's own embedding, by
+which keys are matched. RoPE's wavelengths end near the trained length, so that most of its features
+tell neighbours apart; with the usual base of 10000 tiny models did not learn to look one token back
+in 800 steps.
 """
 
 import dataclasses

@@ -15,11 +15,9 @@ def ring(rows: Sequence[Row]) -> Iterator[Line]:
     for r in rows:
         if "of_ideal" in r:
             ideal = {"ms": r["ideal_ms"]}
-            headline = r["group"] == "ideal" and r["which"] == "forward_backward"
-            headline = headline and bool(r["xla"])  # as `longctx train` compiles
-            yield compare_ms(
-                _sharded(r), ideal, r, "ms", f"1/{r['devices']} of one device", headline
-            )
+            both = r["group"] == "ideal" and r["which"] == "forward_backward"
+            told = both and bool(r["xla"])  # as `longctx train` compiles
+            yield compare_ms(_sharded(r), ideal, r, "ms", f"1/{r['devices']} of one device", told)
         if "errors" in r and r["devices"] > 1:
             ours, one = (max(e.values()) for e in (r["errors"], exact[_shape(r)]))
             what = f"{_sharded(r)}: error against float64"

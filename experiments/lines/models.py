@@ -16,14 +16,13 @@ def training_speed(rows: Sequence[Row]) -> Iterator[Line]:
     paper = {r["length"]: r["paper"] for r in rows if r["model"] == "TNL"}
     for length in lengths:
         ours, what = speed["TNL", length], f"training, 385M, sequences of {length}"
+        told = length == lengths[-1]
         if length > first:
-            same, told = speed["TNL", first], length == lengths[-1]
-            yield compare_speed(what, f"the same at {first}", same, ours, told)
+            yield compare_speed(what, f"the same at {first}", speed["TNL", first], ours, told)
         if paper[length]:
             yield compare_speed(what, "the paper's, one of two A100", paper[length], ours)
         if ("Transformer", length) in speed:
             other = speed["Transformer", length]
-            told = length == lengths[-1]
             yield compare_speed(what, "our softmax Transformer", other, ours, told)
 
 

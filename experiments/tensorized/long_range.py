@@ -28,8 +28,8 @@ EPISODES = {"smoke": 4, "small": 1024, "paper": 4096}  # behind each accuracy
 def recall(task: str, scale: str) -> RunConfig:
     """The dense run on a task; the window, a sixteenth of the length, is far too short.
 
-    Episodes of the whole length take turns with shorter ones: without them the dense arm was right
-    in 0.21 of its answers after as many steps (one H100, one seed). RoPE's wavelengths end near the
+    Episodes of the whole length take turns with shorter ones: without them no arm learned induction
+    in as many steps (one H100, one seed). RoPE's wavelengths end near the
     length: recall begins with looking one token back, and tiny models learn that late with the
     usual base of 10000.
     """

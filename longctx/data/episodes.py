@@ -100,7 +100,11 @@ class EpisodeRows:
         self._seed, self._split = episodes.seed, "train" if episodes.split == "train" else "test"
         self._length = length
         try:
-            for index in range(len(self._sources)):
+            for index, source in enumerate(self._sources):
+                if (source.length or 0) > length:
+                    raise ValueError(
+                        f"episodes of {source.length} tokens must fit in sequences of {length}"
+                    )
                 self[index]
         except ValueError as error:
             raise DataError(f"data.source={PREFIX}{episodes.name}: {error}") from error
@@ -112,8 +116,6 @@ class EpisodeRows:
         index = int(index)
         source = self._sources[index % len(self._sources)]
         length = source.length or self._length
-        if length > self._length:
-            raise ValueError(f"episodes of {length} tokens must fit in sequences of {self._length}")
         starts = np.arange(0, self._length - length + 1, length)
         tokens = np.zeros(self._length, np.int32)  # what is left at the end belongs to the last
         targets = np.full(self._length, -1, np.int32)

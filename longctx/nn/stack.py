@@ -196,31 +196,25 @@ class Stack(nnx.Module):
         self, period: Period, repeats: int, x: Float[Array, "B T M"], where: dict[str, Any]
     ) -> Float[Array, "B T M"]:
         """A segment on whole sequences."""
-        graph, state = nnx.split(period)
-        # Where no loop is left, XLA would see that the backward pass computes what the forward has,
-        # and keep that.
-        alone = self.unroll or repeats == 1
+        graphs, states = zip(*map(nnx.split, period.blocks), strict=True)
 
-        def once(x, state):
-            for block in nnx.merge(graph, state).blocks:
-                x = self._block(block, x, where, prevent_cse=alone)
-            return x, None
-
-        return jax.lax.scan(once, x, state, length=repeats, unroll=self.unroll)[0]
-
-    def _block(
-        self, block: Block, x: Float[Array, "B T M"], where: dict[str, Any], *, prevent_cse: bool
-    ) -> Float[Array, "B T M"]:
-        """One layer, of which the backward pass computes again what the policy does not keep."""
-        graph, state = nnx.split(block)
-
-        def mixed(state, x):
+        def layer(graph, state, x):
             return nnx.merge(graph, state)(x, **where)[0]
 
         if self.remat != "none":
-            policy = REMAT_POLICIES[self.remat]
-            mixed = jax.checkpoint(mixed, policy=policy, prevent_cse=prevent_cse)
-        return mixed(state, x)
+            # Where no loop is left, XLA would see that the backward pass computes what the forward
+            # has, and keep that.
+            alone = self.unroll or repeats == 1
+            layer = jax.checkpoint(
+                layer, policy=REMAT_POLICIES[self.remat], prevent_cse=alone, static_argnums=0
+            )
+
+        def once(x, states):
+            for graph, state in zip(graphs, states, strict=True):
+                x = layer(graph, state, x)
+            return x, None
+
+        return jax.lax.scan(once, x, states, length=repeats, unroll=self.unroll)[0]
 
 
 def _continued(

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import (
-    MODELS,
-    LightningConfig,
-    count_parameters,
-    without_gate,
-)
+from longctx.models import MODELS, LightningConfig, count_parameters, without_gate
 from longctx.models.config import SparseConfig, TensorizedConfig, periods
 from tests.harness import assert_close
 from tests.longctx.models.tiny import CONFIGS, TINY, abstract_model, tiny_model

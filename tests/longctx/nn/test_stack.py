@@ -7,16 +7,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from longctx.models import ModelConfig, SoftmaxConfig, build
+from tests.longctx.models.tiny import CONFIGS, tiny_model
 
-MODEL = ModelConfig(
-    vocab_size=16,
-    width=16,
-    num_layers=4,
-    mixers=("softmax",),
-    softmax=SoftmaxConfig(num_heads=2, num_kv_heads=2, head_dim=8),
-    remat="block",
-)
+MODEL = dataclasses.replace(CONFIGS["transformer"], num_layers=4, remat="block")
 
 
 @pytest.mark.parametrize(
@@ -31,10 +24,10 @@ MODEL = ModelConfig(
 )
 def test_layers_outside_of_loops_are_behind_barriers(changes, layers):
     model = dataclasses.replace(MODEL, **changes)
-    graph, params, rest = nnx.split(build(model, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    graph, params, rest = nnx.split(tiny_model(model), nnx.Param, ...)
 
     def loss(params, tokens):
-        return jnp.sum(nnx.merge(graph, params, rest)(tokens).astype(jnp.float32))
+        return jnp.sum(nnx.merge(graph, params, rest)(tokens))
 
     step = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((1, 8), jnp.int32))
     assert step.as_text().count("optimization_barrier") == layers
