@@ -27,8 +27,12 @@ TRAINING_ON_GPU = {
     "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
 }
 # Between the GPUs of one process XLA can also move arrays from memory to memory, not through NCCL:
-# rings of two and four H100s took 1 to 10% less time (experiments/bench/results/ring_peer_ideal).
-GPUS_OF_ONE_PROCESS = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
+# rings of two and four H100s took 1 to 10% less time (experiments/bench/results/ring_peer_ideal),
+# training steps of TNL, which gathers states, up to 1% less.
+GPUS_OF_ONE_PROCESS = {
+    "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+    "xla_gpu_all_gather_mode": "COLLECTIVES_PEER_MEMORY",
+}
 # The layers of a model are slices of one array. By default XLA copies a layer's weights before it
 # multiplies a few tokens by them, three times the traffic; its own kernels know no other way.
 DECODING_ON_GPU = {

@@ -134,6 +134,7 @@ class ParallelConfig:
     layout: Kind = "contiguous"  # order of tokens; zigzag balances causal attention
     head_groups: int = 1  # rings over parts of the heads, one after another, to save memory
     ranks: int = 0  # of the layout, for "usp" (Ulysses inside a rank); 0: one per device
+    fsdp_over_seq: bool = False  # split projections' parameters and moments over `seq`, too
 
     @property
     def token_layout(self) -> Layout | Kind:

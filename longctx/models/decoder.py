@@ -38,6 +38,7 @@ class Decoder(nnx.Module):
         parallel: ParallelConfig = ONE_DEVICE,
         rngs: nnx.Rngs,
     ):
+        axes = axes.with_parameters_over_seq() if parallel.fsdp_over_seq else axes
         self.config, self.axes, self.parallel = config, axes, parallel
         dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
         embed = functools.partial(

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.nn.sharding import Axes, AxisName, gather, parameter, place
+from longctx.nn.sharding import Axes, AxisNames, gather, parameter, place
 
 INIT_STD = 0.02  # normal(0, 0.02) for every weight: the TransNormerLLM authors' code
 
@@ -25,7 +25,7 @@ class Linear(nnx.Module):
         in_features: int,
         features: int | Sequence[int],
         *,
-        spec: Sequence[AxisName],
+        spec: Sequence[AxisNames],
         axes: Axes,
         std: float = INIT_STD,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -71,8 +71,8 @@ class Embedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         init = jax.nn.initializers.normal(std)
-        self.table = parameter(init, (rows, width), param_dtype, (axes.tensor, axes.fsdp), rngs)
-        self.shared = tuple(name for name in axes.batch if name != axes.fsdp)
+        self.table = parameter(init, (rows, width), param_dtype, (axes.tensor, axes.columns), rngs)
+        self.shared = tuple(name for name in axes.batch if name not in axes.columns)
         self.axes = axes
         self.dtype = dtype
 
@@ -80,9 +80,9 @@ class Embedding(nnx.Module):
         """Rows of the table in the compute dtype."""
         # Rows are rounded after the look-up, so that a frequent token's gradient, the sum over
         # all its occurrences, is taken in the parameters' dtype.
-        columns = P(self.shared, self.axes.seq, self.axes.fsdp)
+        columns = P(self.shared, self.axes.seq, self.axes.columns)
         few = index.size < self.table.shape[0]
-        everyone = P(self.shared, None, self.axes.fsdp) if few else columns
+        everyone = P(self.shared, None, self.axes.columns) if few else columns
         index = place(index, P(*everyone[:-1]))
         rows = place(jnp.take(self.table[...], index, axis=0, mode="clip"), everyone)
         return gather(rows.astype(self.dtype), everyone, columns)

@@ -42,10 +42,10 @@ def chunked_cross_entropy(
     if chunk < 1:
         raise ValueError(f"{chunk=} must be at least 1")
 
-    vocab, parts, columns = head.shape[0], free_size(axes.tensor), free_size(axes.fsdp)
+    vocab, parts, columns = head.shape[0], free_size(axes.tensor), free_size(axes.columns)
     head = jnp.pad(head, ((0, -vocab % parts), (0, 0)))
     split = axes.tensor if parts > 1 else None
-    gathered = axes.fsdp if columns > 1 and head.shape[1] % columns == 0 else None
+    gathered = axes.columns if columns > 1 and head.shape[1] % columns == 0 else None
 
     def operator(hidden, head, targets):
         shape = targets.shape

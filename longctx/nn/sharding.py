@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,20 +11,23 @@ from flax.core import meta as linen_meta
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from longctx.parallel.mesh import fitting
+
 type AxisName = str | None
+type AxisNames = AxisName | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
     """Names of the mesh axes that a module's arrays are split over; None: not split.
 
-    Parameters are split over `fsdp` and `tensor`, activations over `batch` and `seq`, heads and
-    MLP features over `tensor`. Axes that the mesh in use lacks count as size 1, but for `seq`:
-    a mesh that lacks it wants `seq=None`.
+    Parameters are split over `fsdp`, which may be several axes, and `tensor`, activations over
+    `batch` and `seq`, heads and MLP features over `tensor`. Axes that the mesh in use lacks count
+    as size 1, but for `seq`: a mesh that lacks it wants `seq=None`.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    fsdp: AxisName = "fsdp"
+    fsdp: AxisNames = "fsdp"
     seq: AxisName = "seq"
     tensor: AxisName = "tensor"
 
@@ -33,6 +35,16 @@ class Axes:
     def operator(self) -> dict[str, Any]:
         """The names, as the operators of `longctx.parallel` call them."""
         return {"axis": self.seq, "batch_axes": self.batch, "head_axis": self.tensor}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The axes that split an embedding's columns: of `fsdp` those that do not split time."""
+        names = (self.fsdp,) if isinstance(self.fsdp, str) else self.fsdp or ()
+        return tuple(name for name in names if name != self.seq)
+
+    def with_parameters_over_seq(self) -> "Axes":
+        """The same, with the parameters of projections split over `seq`, too."""
+        return dataclasses.replace(self, fsdp=(*self.columns, *([self.seq] if self.seq else [])))
 
     @property
     def hidden(self) -> P:
@@ -47,7 +59,7 @@ class Axes:
 DEFAULT_AXES = Axes()
 
 
-def split_over(spec: Sequence[AxisName]) -> dict[str, Any]:
+def split_over(spec: Sequence[AxisNames]) -> dict[str, Any]:
     """Metadata of a variable that is split over the named mesh axes, wherever it is created.
 
     `nnx.get_partition_spec` reads the names, in Linen `flax.linen.get_partition_spec`; nothing is
@@ -65,7 +77,7 @@ def parameter(
     initializer: Callable[..., Array],
     shape: Sequence[int],
     dtype: jax.typing.DTypeLike,
-    spec: Sequence[AxisName],
+    spec: Sequence[AxisNames],
     rngs: nnx.Rngs,
 ) -> nnx.Param[Array]:
     """A parameter that knows how it is split."""
@@ -81,16 +93,8 @@ def place(x: Array, spec: P) -> Array:
     free = set(mesh.auto_axes) - set(mesh.manual_axes)
     if not free:
         return x
-
-    def keep(size: int, entry: Any) -> tuple[str, ...] | None:
-        given = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        names = tuple(name for name in given if name in free)
-        while size % math.prod(mesh.shape[name] for name in names):
-            names = names[:-1]
-        return names or None
-
-    kept = [keep(size, entry) for size, entry in zip(x.shape, spec, strict=False)]
-    return jax.lax.with_sharding_constraint(x, P(*kept))
+    sizes = {name: mesh.shape[name] for name in free}
+    return jax.lax.with_sharding_constraint(x, fitting(spec, x.shape, sizes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,19 +112,34 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 def fitting_sharding(spec: P | None, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """`spec` on `mesh`, with array axes that a mesh axis does not divide kept whole."""
-    names = [
-        name if name in mesh.shape and size % mesh.shape[name] == 0 else None
-        for size, name in zip(shape, tuple(spec or ()), strict=False)
-    ]
-    return NamedSharding(mesh, P(*names))
+    return NamedSharding(mesh, fitting(spec or P(), shape, mesh.shape))
+
+
+def fitting(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
+    """`spec` over mesh axes of these sizes; others count as size 1.
+
+    Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
+    """
+
+    def keep(size: int, entry: Any) -> tuple[str, ...] | None:
+        names = tuple(name for name in _names(entry) if name in sizes)
+        while size % math.prod(sizes[name] for name in names):
+            names = names[:-1]
+        return names or None
+
+    return P(*(keep(size, entry) for size, entry in zip(shape, spec, strict=False)))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one array axis, as a PartitionSpec has them."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _restrict(spec: P, axes: Container[str]) -> P:
     """`spec` without the mesh axes that are not in `axes`."""
 
     def keep(entry: Any) -> tuple[str, ...] | None:
-        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        return tuple(name for name in names if name in axes) or None
+        return tuple(name for name in _names(entry) if name in axes) or None
 
     return P(*map(keep, spec))
 
@@ -191,7 +206,8 @@ def sequence_axis(axis: str | None) -> tuple[int, bool]:
     return mesh.shape[axis], axis in mesh.manual_axes
 
 
-def free_size(axis: str | None) -> int:
-    """Devices over which `shard_operator` would split an array dimension named `axis`."""
+def free_size(axes: str | tuple[str, ...] | None) -> int:
+    """Devices over which `shard_operator` would split an array dimension over `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if axis is None or axis in mesh.manual_axes else mesh.shape.get(axis, 1)
+    free = (name for name in _names(axes) if name not in mesh.manual_axes)
+    return math.prod(mesh.shape.get(name, 1) for name in free)

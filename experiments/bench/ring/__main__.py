@@ -105,6 +105,7 @@ def parse() -> argparse.Namespace:
     add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     add("--batches", type=int, default=5, help="of calls, whose median is taken")
     add("--models", nargs="+", choices=MODELS, default=MODELS)
+    add("--fsdp-over-seq", action="store_true", help="parameters split over the devices, training")
     add("--chunk", type=int, help="tokens that pass an MLP at once, in training and trace; 1024")
     add("--tries", type=int, default=3, help="of longest: lengths to run, each a 64th shorter")
     add("--memory", type=float, help="bytes of a device, where it does not say")

@@ -2,7 +2,8 @@
 
 Both models have 385M parameters, as in TransNormerLLM's ablations. TNL's layers exchange states
 (LASP-2), the Transformer's run a ring; blocks are recomputed in the backward pass. For the longest
-sequences the ring takes one head after another, which needs least memory.
+sequences the ring takes one head after another, and parameters and moments lie split over the
+devices, which needs least memory.
 """
 
 import argparse
@@ -45,9 +46,9 @@ def models(smoke: bool, chunk: int | None = None) -> dict[str, RunConfig]:
     return {"TNL": saving(base.model), "Transformer": saving(transformer(base.model))}
 
 
-def over(run: RunConfig, devices: int, local: int, *, head_groups: int = 1) -> RunConfig:
-    """`run` on one sequence of `local` tokens on each of `devices`."""
-    parallel = ParallelConfig(strategy="ring", layout="zigzag", head_groups=head_groups)
+def over(run: RunConfig, devices: int, local: int, **options: Any) -> RunConfig:
+    """`run` on one sequence of `local` tokens on each of `devices`; `options` of ParallelConfig."""
+    parallel = ParallelConfig(strategy="ring", layout="zigzag", **options)
     return dataclasses.replace(
         run,
         data=DataConfig(sequence_length=devices * local, batch_size=1),
@@ -57,8 +58,9 @@ def over(run: RunConfig, devices: int, local: int, *, head_groups: int = 1) -> R
 
 
 def sparing(run: RunConfig, devices: int, local: int) -> RunConfig:
-    """`over` with as little memory as the ring can do with."""
-    return over(run, devices, local, head_groups=run.model.softmax.num_kv_heads)
+    """`over` with as little memory as the ring can do with, parameters split over the devices."""
+    groups = run.model.softmax.num_kv_heads
+    return over(run, devices, local, head_groups=groups, fsdp_over_seq=True)
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -66,8 +68,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     lengths = options.per_device or PER_DEVICE
     runs = models(options.smoke, options.chunk)
     found = {name: runs[name] for name in options.models}
+    split = options.fsdp_over_seq
     configs = {
-        (name, devices): [over(run, devices, local) for local in lengths]
+        (name, devices): [over(run, devices, local, fsdp_over_seq=split) for local in lengths]
         for name, run in found.items()
         for devices in options.devices
     }
@@ -81,6 +84,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for local, row in zip(lengths, rows, strict=True):
             row = {"group": "training", **row, "devices": devices, "per_device": local}
             row |= {"chunk": found[name].model.mlp.chunk, "xla": dict(options.xla)}
+            row |= {"fsdp_over_seq": split}
             if "failed" not in row:
                 speed = row["tokens_per_second"] / devices
                 first = alone.setdefault((name, local), speed)

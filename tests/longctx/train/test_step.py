@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longctx.models import ParallelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.train.optim import make_optimizer, schedule
 from longctx.train.step import abstract_state, create_state, make_train_step, put_batch
@@ -84,14 +85,16 @@ def test_accumulated_slices_give_the_losses_of_the_whole_batch():
     np.testing.assert_allclose(sliced[0], trained(tiny_run(""))[0], rtol=2e-5)
 
 
-def test_parameters_and_moments_are_split_over_fsdp():
-    config = on_mesh(tiny_run(""), fsdp=8)
+@pytest.mark.parametrize(("axes", "most"), [({"fsdp": 8}, 0.2), ({"fsdp": 2, "seq": 4}, 0.4)])
+def test_parameters_and_moments_are_split_over_fsdp(axes, most):
+    parallel = ParallelConfig(fsdp_over_seq="seq" in axes)
+    config = dataclasses.replace(on_mesh(tiny_run(""), **axes), parallel=parallel)
     state = abstract_state(config, make_mesh(config.mesh))
     sizes = {"all": 0, "here": 0}
     for leaf in jax.tree.leaves((state.params, state.moments)):
         sizes["all"] += leaf.size
         sizes["here"] += np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)
-    assert sizes["here"] < 0.2 * sizes["all"]
+    assert sizes["here"] < most * sizes["all"]
 
 
 def test_parameters_stay_in_float32_when_the_model_computes_in_bfloat16():
