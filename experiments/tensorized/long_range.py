@@ -117,7 +117,7 @@ class Recall:
             axes.barh(places, means, 0.8 / len(tasks), label=task)
         axes.set_yticks([y + 0.4 - 0.4 / len(tasks) for y in range(len(arms))], arms)
         axes.invert_yaxis()
-        axes.legend()
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
 

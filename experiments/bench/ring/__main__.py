@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
     add("--models", nargs="+", choices=MODELS, default=MODELS)
     add("--fsdp-over-seq", action="store_true", help="parameters split over the devices, training")
     add("--chunk", type=int, help="tokens that pass an MLP at once, in training and trace; 1024")
-    add("--tries", type=int, default=3, help="of longest: lengths to run, each a 64th shorter")
+    add("--tries", type=int, default=8, help="of longest: lengths to run, a 64th apart")
     add("--memory", type=float, help="bytes of a device, where it does not say")
     add("--smoke", action="store_true", help="tiny models: does it run?")
     add("--xla", type=option, nargs="*", default=[], metavar="NAME=VALUE")

@@ -28,6 +28,7 @@ from longctx.train.config import RunConfig
 USABLE = 0.95
 # Lengths on each device are multiples of it, and so many tokens pass an MLP at once.
 GRAIN = 1024
+REFUSALS = (jax.errors.JaxRuntimeError,)  # XLA tries kernels on the device, which may be too full
 SMOKE_GRAIN = 64
 PER_DEVICE = (8192, 32768)
 
@@ -102,9 +103,10 @@ def shown(row: dict[str, Any]) -> str:
 
 
 def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The largest total length on which a step runs: what the compiler says fits, then tried.
+    """The largest total length on which a step runs.
 
-    `ran` is false where no more than `tries` lengths were to be tried, and none of them ran.
+    The compiler says what will fit; as its programs for other lengths are not of one kind, `tries`
+    lengths around it are tried. `ran` is false where none of them ran.
     """
     limit = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
     runs = models(options.smoke)
@@ -114,27 +116,27 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, devices in wanted
         for local in probed(runs[name])
     )
-    found = [
-        longest(runs[name], devices, probes[2 * i : 2 * i + 2], limit)
-        for i, (name, devices) in enumerate(wanted)
-    ]
-    steps = compile_all(
-        lowering(sparing(runs[name], devices, row["per_device"]))
-        for (name, devices), row in zip(wanted, found, strict=True)
-    )
     alone: dict[str, float] = {}
-    for (name, devices), row, step in zip(wanted, found, steps, strict=True):
-        run, local, grain = runs[name], row["per_device"], runs[name].model.mlp.chunk
-        ran = _runs(name, sparing(run, devices, local), step)
-        for _ in range(1, options.tries):
-            if ran:
-                break
-            local -= max(grain, local // 64 // grain * grain)
-            config = sparing(run, devices, local)
-            ran = _runs(name, config, *compile_all([lowering(config)]))
+    for i, (name, devices) in enumerate(wanted):
+        run = runs[name]
+        row = longest(run, devices, probes[2 * i : 2 * i + 2], limit)
+        lengths = around(row["per_device"], run.model.mlp.chunk, options.tries)
+        configs = [sparing(run, devices, local) for local in lengths]
+        steps = compile_all(map(lowering, configs), REFUSALS)
+        tried = zip(lengths, configs, steps, strict=True)
+        found = next((n for n, config, step in tried if _runs(name, config, step)), None)
+        local = found or lengths[-1]
         first = alone.setdefault(name, local)
         length = {"per_device": local, "length": local * devices}
-        yield row | {"model": name, **length, "ran": ran, "of_first": local / first}
+        row |= {"model": name, **length, "tried": lengths}
+        yield row | {"ran": found is not None, "of_first": local / first}
+
+
+def around(length: int, grain: int, tries: int) -> list[int]:
+    """Lengths a 64th apart, from the longest: half of them longer than `length`."""
+    step = max(grain, length // 64 // grain * grain)
+    found = (length + n * step for n in range(tries // 2, tries // 2 - tries, -1))
+    return [n for n in found if n > 0]
 
 
 def probed(run: RunConfig) -> tuple[int, int]:
@@ -175,8 +177,10 @@ def lowering(config: RunConfig) -> Callable[[], jax.stages.Lowered]:
     return lambda: lower_step(config, make_mesh(config.mesh))
 
 
-def _runs(name: str, config: RunConfig, step: jax.stages.Compiled) -> bool:
+def _runs(name: str, config: RunConfig, step: jax.stages.Compiled | Exception) -> bool:
     """Whether training steps fit into the devices that are there."""
+    if isinstance(step, REFUSALS):
+        return False
     (row,) = time_steps(name, [config], [step], make_mesh(config.mesh), repeats=1)
     failure = row.get("failed")
     if failure is not None and "RESOURCE_EXHAUSTED" not in failure:
