@@ -124,7 +124,8 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         configs = [sparing(run, devices, local) for local in lengths]
         steps = compile_all(map(lowering, configs), REFUSALS)
         tried = zip(lengths, configs, steps, strict=True)
-        found = next((n for n, config, step in tried if _runs(name, config, step)), None)
+        compiled = (each for each in tried if not isinstance(each[2], REFUSALS))
+        found = next((n for n, config, step in compiled if _runs(name, config, step)), None)
         local = found or lengths[-1]
         first = alone.setdefault(name, local)
         length = {"per_device": local, "length": local * devices}
@@ -177,10 +178,8 @@ def lowering(config: RunConfig) -> Callable[[], jax.stages.Lowered]:
     return lambda: lower_step(config, make_mesh(config.mesh))
 
 
-def _runs(name: str, config: RunConfig, step: jax.stages.Compiled | Exception) -> bool:
+def _runs(name: str, config: RunConfig, step: jax.stages.Compiled) -> bool:
     """Whether training steps fit into the devices that are there."""
-    if isinstance(step, REFUSALS):
-        return False
     (row,) = time_steps(name, [config], [step], make_mesh(config.mesh), repeats=1)
     failure = row.get("failed")
     if failure is not None and "RESOURCE_EXHAUSTED" not in failure:
