@@ -91,8 +91,8 @@ def hash_arm(
         return attention(q, k, v, key=key)
 
     function, given = (of_hashes, hashes) if key is None else (of_key, key)
-    plan = jax.jit(functools.partial(plan_hash, num_buckets=buckets, strict=strict))(hashes, None)
-    return Arm(f"hash nb={buckets}", function, (given,), _mean_tiles(plan))
+    plan = functools.partial(plan_hash, num_buckets=buckets, strict=strict)
+    return Arm(f"hash nb={buckets}", function, (given,), _mean_tiles(plan, hashes, None))
 
 
 def drop_arm(share: float, rows: tuple[int, int, int], key: Array) -> Arm:
@@ -100,14 +100,16 @@ def drop_arm(share: float, rows: tuple[int, int, int], key: Array) -> Arm:
     capacity = min(rows[1], int((1 - share) * rows[1]) + 256)
     sizes = {"capacity_q": capacity, "capacity_k": capacity}
     keep = tuple(jax.random.uniform(k, rows) >= share for k in jax.random.split(key))
-    plan = jax.jit(functools.partial(plan_drop, **sizes))(*keep)
+    tiles = _mean_tiles(functools.partial(plan_drop, **sizes), *keep)
     lost = sum(int(sparse.overflow(x, capacity).sum()) for x in keep)
     drop = functools.partial(sparse.qk_sparse_attention, **sizes)
-    return Arm(f"drop {share}", drop, keep, _mean_tiles(plan), lost)
+    return Arm(f"drop {share}", drop, keep, tiles, lost)
 
 
-def _mean_tiles(plan: Plan) -> float:
-    return float(visited_tiles(plan, TILE).mean())
+def _mean_tiles(plan: Callable[..., Plan], *arrays: Array | None) -> float:
+    """Tiles a head of the plan of `arrays`, made on the CPU: for a GPU XLA may compile minutes."""
+    local = jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
+    return float(visited_tiles(jax.jit(plan)(*local), TILE).mean())
 
 
 def plan_by_sort(hashes: Int[Array, "B T H"]) -> Plan:
@@ -132,7 +134,7 @@ def sort_arm(buckets: int, hashes: Int[Array, "B T H"], key: Array) -> Arm:
         matrix = sparse.hash_matrix(key, q.shape[2], q.shape[3], buckets)
         return attend(plan_by_sort(sparse.hash_rows(q, matrix)), q, k, v)
 
-    tiles = _mean_tiles(jax.jit(plan_by_sort)(hashes))
+    tiles = _mean_tiles(plan_by_sort, hashes)
     return Arm(f"hash nb={buckets}, general sort", sorted_hash, (key,), tiles)
 
 
