@@ -210,6 +210,14 @@ PAPERS: dict[str, list[Section]] = {
             "two H200",
         ),
         bench(
+            "ring_peer_training",
+            "Training over devices, the same on H100s that gather states from memory to memory",
+            "Each device is as fast as one alone with as many tokens.",
+            lines.ring_training,
+            "ring --groups training --models TNL --chunk 4096 --name ring_peer",
+            "two H100",
+        ),
+        bench(
             "ring_trace",
             "Where the time of a training step goes",
             "By the profiler, beside which kernels start more slowly.",
