@@ -28,9 +28,9 @@ from longctx.train.config import RunConfig
 USABLE = 0.95
 # Lengths on each device are multiples of it, and so many tokens pass an MLP at once.
 GRAIN = 1024
-REFUSALS = (jax.errors.JaxRuntimeError,)  # XLA tries kernels on the device, which may be too full
 SMOKE_GRAIN = 64
 PER_DEVICE = (8192, 32768)
+REFUSALS = (jax.errors.JaxRuntimeError,)  # XLA tries kernels on the device, which may be too full
 
 
 def models(smoke: bool, chunk: int | None = None) -> dict[str, RunConfig]:
@@ -84,8 +84,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         rows = time_steps(name, several, steps, mesh)
         for local, row in zip(lengths, rows, strict=True):
             row = {"group": "training", **row, "devices": devices, "per_device": local}
-            row |= {"chunk": found[name].model.mlp.chunk, "xla": dict(options.xla)}
-            row |= {"fsdp_over_seq": split}
+            row |= {"chunk": found[name].model.mlp.chunk, "fsdp_over_seq": split}
+            row |= {"xla": dict(options.xla)}
             if "failed" not in row:
                 speed = row["tokens_per_second"] / devices
                 first = alone.setdefault((name, local), speed)
