@@ -66,8 +66,8 @@ def context_attention(
     within each of `layout.ranks` ranks, ring between them), "auto" (the cheapest of those that
     the layout allows, see `explain`). Causal attention wants the zigzag layout, in which all
     ranks have the same work; with a window the contiguous one, in which the ring stops early.
-    Rings on GPUs are faster with `longctx.compiler.training_options`, with which `longctx train`
-    compiles.
+    Rings on GPUs need `longctx.compiler.training_options`, with which `longctx train` compiles, to
+    hide all of their moves.
 
     Args:
       strategy: how the devices cooperate.

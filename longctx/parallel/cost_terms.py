@@ -175,18 +175,10 @@ class Call:
         """
         if hops == 1:
             return 0.0, 0.0
-        kv, dkv = self.kv_bytes(self.itemsize), self.kv_bytes(4)
         carried = self.batch * self.local * self.heads * self.value_width * 4
-        # Keys and values are stacked once. The output goes from hop to hop in float32.
-        forward = 2 * kv + 2 * carried * (hops - 1)
-        # A hop writes its gradients, reads them and the sum that arrived, and writes the next sum.
-        backward = 4 * dkv * (hops - 1)
-        # Keys and sums travel together in `joined` messages: both are copied into the first, keys
-        # are copied out of each, and sums out of all but the last.
-        joined = hops - 3
-        if joined > 0:
-            backward += 2 * (kv + dkv) * joined + 2 * kv
-        return forward, backward
+        # The output goes from hop to hop in float32. A hop writes its gradients, reads them and the
+        # sum that arrived, and writes the next sum.
+        return 2 * carried * (hops - 1), 4 * self.kv_bytes(4) * (hops - 1)
 
     def threshold(self) -> int:
         """Tokens per device from which a hop computes for longer than its keys travel.

@@ -4,8 +4,8 @@ A row sees one interval of keys `[low, high)`, possibly empty. For a tile of row
 that run lie between the smallest low and the largest high of its non-empty rows; those between
 the largest low and the smallest high are seen whole by every row and need no mask. The mask of
 every other tile is computed from the rows' own low and high, so bounds may be loose but never
-wrong, also where the rows of a column are not contiguous. All of it costs O(rows + tiles log
-tiles) and is computed once per call, outside the kernels.
+wrong, also where the rows of a column are not contiguous. All of it is computed once per call,
+outside the kernels.
 """
 
 from typing import NamedTuple
@@ -104,29 +104,13 @@ def _ordered(start: Array, stop: Array, full_start: Array, full_stop: Array) -> 
 def _transpose(start: Array, stop: Array, count: int) -> tuple[Array, Array, Array]:
     """First member, last member + 1 and size of `{i: start_i <= j < stop_i}` for `j < count`.
 
-    Every range is the union of two of one power-of-two length; its number is noted for both at
-    that level, and each level then hands its notes down to its two halves.
+    XLA fuses the comparison of all pairs with its reductions: one kernel, and no table in memory.
     """
-    members, levels = start.shape[-1], count.bit_length()
-    used = stop > start
-    level = jnp.where(used, 31 - jax.lax.clz(jnp.maximum(stop - start, 1)), 0)
-    index = jnp.arange(members, dtype=jnp.int32)
-    index = jnp.where(used, jnp.stack([index, -1 - index])[:, None, None], members)
-
-    def note(level: Array, start: Array, stop: Array, used: Array, index: Array):
-        table = jnp.full((2, levels, count), members, jnp.int32)
-        for place in (start, jnp.maximum(stop - (1 << level), 0)):
-            table = table.at[:, level, place].min(index, mode="drop")
-        steps = jnp.zeros((count + 1,), jnp.int32)
-        steps = steps.at[start].add(used.astype(jnp.int32)).at[stop].add(-used.astype(jnp.int32))
-        return table, jnp.cumsum(steps[:-1], dtype=jnp.int32)
-
-    over_heads = jax.vmap(note, in_axes=(0, 0, 0, 0, 1), out_axes=(1, 0))
-    over_batch = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 1), out_axes=(1, 0))
-    table, size = over_batch(level, start, stop, used, index)
-    for above in range(levels - 1, 0, -1):
-        for shift in (0, 1 << (above - 1)):
-            notes = table[..., above, : count - shift]
-            table = table.at[..., above - 1, shift:].min(notes)
-    first, last = table[0, :, :, 0], -table[1, :, :, 0]
-    return jnp.where(size == 0, 0, first), jnp.where(size == 0, 0, last), size
+    members = start.shape[-1]
+    shape = (*start.shape[:-1], count, members)
+    tile, index = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (2, 3))
+    member = (start[..., None, :] <= tile) & (tile < stop[..., None, :])
+    size = member.sum(-1, dtype=jnp.int32)
+    first = jnp.where(member, index, members).min(-1)
+    last = jnp.where(member, index + 1, 0).max(-1)
+    return jnp.where(size == 0, 0, first), last, size

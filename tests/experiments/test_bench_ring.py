@@ -99,7 +99,7 @@ def test_strategies_stand_beside_each_other(monkeypatch, clock, tmp_path):
 
 @pytest.mark.slow
 def test_whole_steps_and_the_longest(monkeypatch, tmp_path):
-    what = ("--groups", "training", "longest", "--memory", 1.5e7, "--models", "TNL")
+    what = ("--groups", "training", "longest", "--memory", 1.5e7, "--tries", 2, "--models", "TNL")
     assert run(monkeypatch, command, *SMALL, *what, "--out", tmp_path) == 0
     training = read_rows(tmp_path / "ring_training.jsonl")
     assert [(row["model"], row["devices"]) for row in training] == [("TNL", 1), ("TNL", 2)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from experiments.bench.ring.training import REFUSALS, USABLE
+from experiments.bench.ring.training import REFUSALS
 from experiments.ring_attention.max_context import METHODS, TINY_MODEL, Pod, attention_of, run
 from experiments.transnormer.base import PAPER
 from experiments.transnormer.training_speed import time_steps
@@ -28,6 +28,8 @@ MODEL = dataclasses.replace(transformer(PAPER.model), remat="block")
 # Tokens on a device in the steps that are compiled first, for devices of some 12 GB.
 PROBES = {"vanilla": (4096, 8192, 16384), "others": (32768, 65536, 131072)}
 SMOKE_PROBES = {"vanilla": (64, 128, 256), "others": (128, 256, 512)}
+# What the runtime and fragmentation take of a device's memory, roughly.
+USABLE = 0.95
 PARTS = 8  # of the distance of two probes, in which the length between them is found
 
 # By length; or why one was not compiled: XLA tries kernels on the device, which may be too small.

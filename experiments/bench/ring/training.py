@@ -9,6 +9,7 @@ devices, which needs least memory.
 import argparse
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,8 +25,6 @@ from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.plan import lower_step
 from longctx.train.config import RunConfig
 
-# What the runtime and fragmentation take of a device's memory, roughly.
-USABLE = 0.95
 # Lengths on each device are multiples of it, and so many tokens pass an MLP at once.
 GRAIN = 1024
 SMOKE_GRAIN = 64
@@ -105,8 +104,9 @@ def shown(row: dict[str, Any]) -> str:
 def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The largest total length on which a step runs.
 
-    The compiler says what will fit; as its programs for other lengths are not of one kind, `tries`
-    lengths around it are tried. `ran` is false where none of them ran.
+    Steps of two short lengths tell what should fit. The compiler schedules steps near the limit
+    otherwise, to save memory: so `tries` lengths around that are compiled, the longest that fits
+    is run, and if it is the first or none fits as many more are tried above or below.
     """
     limit = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
     runs = models(options.smoke)
@@ -116,28 +116,72 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, devices in wanted
         for local in probed(runs[name])
     )
-    alone: dict[str, float] = {}
-    for i, (name, devices) in enumerate(wanted):
-        run = runs[name]
-        row = longest(run, devices, probes[2 * i : 2 * i + 2], limit)
-        lengths = around(row["per_device"], run.model.mlp.chunk, options.tries)
-        configs = [sparing(run, devices, local) for local in lengths]
-        steps = compile_all(map(lowering, configs), REFUSALS)
-        tried = zip(lengths, configs, steps, strict=True)
-        compiled = (each for each in tried if not isinstance(each[2], REFUSALS))
-        found = next((n for n, config, step in compiled if _runs(name, config, step)), None)
-        local = found or lengths[-1]
-        first = alone.setdefault(name, local)
-        length = {"per_device": local, "length": local * devices}
-        row |= {"model": name, **length, "tried": lengths}
-        yield row | {"ran": found is not None, "of_first": local / first}
+    searches = [
+        Search(name, runs[name], devices, longest(runs[name], devices, pair, limit), options.tries)
+        for (name, devices), pair in zip(wanted, itertools.batched(probes, 2), strict=True)
+    ]
+    alone: dict[str, int] = {}
+    while searches:
+        todo = [search.next() for search in searches]
+        steps = iter(compile_all(map(lowering, itertools.chain(*todo)), REFUSALS))
+        for search, configs in zip(tuple(searches), todo, strict=True):
+            search.run(configs, [next(steps) for _ in configs])
+            if search.ended:
+                searches.remove(search)
+                row = search.row()
+                first = alone.setdefault(search.name, row["per_device"])
+                yield row | {"of_first": row["per_device"] / first}
 
 
-def around(length: int, grain: int, tries: int) -> list[int]:
-    """Lengths a 64th apart, from the longest: half of them longer than `length`."""
-    step = max(grain, length // 64 // grain * grain)
-    found = (length + n * step for n in range(tries // 2, tries // 2 - tries, -1))
-    return [n for n in found if n > 0]
+@dataclasses.dataclass
+class Search:
+    """The longest sequence of one model on so many devices."""
+
+    name: str
+    model: RunConfig
+    devices: int
+    predicted: dict[str, Any]  # by `longest`
+    tries: int
+    needed: dict[int, int | None] = dataclasses.field(default_factory=dict)  # None: not compiled
+    longest: int | None = None  # tokens on each device of what ran
+    ended: bool = False
+
+    def next(self) -> list[RunConfig]:
+        """Steps to try next, the longest first, a 64th apart."""
+        length, grain = self.predicted["per_device"], self.model.model.mlp.chunk
+        apart = max(grain, length // 64 // grain * grain)
+        if not self.needed:
+            top = length + self.tries // 2 * apart
+        elif self.longest is None:
+            top = min(self.needed) - apart
+        else:
+            top = self.longest + self.tries * apart
+        lengths = [n for i in range(self.tries) if (n := top - i * apart) > 0]
+        if not lengths:
+            raise UserError(f"{self.name} fits {self.devices} devices at none of {self.needed}")
+        return [sparing(self.model, self.devices, length) for length in lengths]
+
+    def run(self, configs: Sequence[RunConfig], steps: Sequence[Any]) -> None:
+        """Run the first that the compiler and the device let fit."""
+        compiled = {
+            config.data.sequence_length // self.devices: (config, step)
+            for config, step in zip(configs, steps, strict=True)
+        }
+        for length, (_, step) in compiled.items():
+            self.needed[length] = None if isinstance(step, REFUSALS) else bytes_needed(step)
+        for length, (config, step) in compiled.items():
+            fits = (self.needed[length] or math.inf) <= self.predicted["memory_bytes"]
+            if fits and _runs(self.name, config, step):
+                self.longest = length
+                break
+        self.ended = self.longest is not None and self.longest < max(self.needed)
+
+    def row(self) -> dict[str, Any]:
+        """What was found, beside what had been predicted."""
+        assert self.longest is not None
+        found = {"per_device": self.longest, "length": self.longest * self.devices, "ran": True}
+        needed = {str(n): self.needed[n] for n in sorted(self.needed, reverse=True)}
+        return self.predicted | {"model": self.name, **found, "needed": needed}
 
 
 def probed(run: RunConfig) -> tuple[int, int]:
@@ -158,7 +202,7 @@ def longest(
     grain, lengths = run.model.mlp.chunk, probed(run)
     needed = [bytes_needed(step) for step in probes]
     per_token = (needed[1] - needed[0]) / (lengths[1] - lengths[0])
-    local = int((USABLE * limit - needed[0]) / per_token + lengths[0]) // grain * grain
+    local = int((limit - needed[0]) / per_token + lengths[0]) // grain * grain
     if local < grain:
         raise UserError(f"{needed[0]:,} bytes of {lengths[0]} tokens do not fit into {limit:,.0f}")
     return {
