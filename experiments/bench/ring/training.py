@@ -29,6 +29,9 @@ from longctx.train.config import RunConfig
 GRAIN = 1024
 SMOKE_GRAIN = 64
 PER_DEVICE = (8192, 32768)
+# Steps in the order of the program: to hide moves, a GPU's scheduler would put off products of
+# gradients whose operands then stay in memory.
+IN_ORDER = {"xla_gpu_enable_latency_hiding_scheduler": False}
 REFUSALS = (jax.errors.JaxRuntimeError,)  # XLA tries kernels on the device, which may be too full
 
 
@@ -109,13 +112,14 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     is run, and if it is the first or none fits as many more are tried above or below.
     """
     limit = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
-    runs = models(options.smoke)
+    runs, xla = models(options.smoke), IN_ORDER if jax.default_backend() == "gpu" else {}
     wanted = [(name, devices) for name in options.models for devices in options.devices]
-    probes = compile_all(
+    steps = (
         lowering(sparing(runs[name], devices, local))
         for name, devices in wanted
         for local in probed(runs[name])
     )
+    probes = compile_all(steps, options=xla or None)
     searches = [
         Search(name, runs[name], devices, longest(runs[name], devices, pair, limit), options.tries)
         for (name, devices), pair in zip(wanted, itertools.batched(probes, 2), strict=True)
@@ -123,14 +127,15 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     alone: dict[str, int] = {}
     while searches:
         todo = [search.next() for search in searches]
-        steps = iter(compile_all(map(lowering, itertools.chain(*todo)), REFUSALS))
+        lowerings = map(lowering, itertools.chain(*todo))
+        steps = iter(compile_all(lowerings, REFUSALS, xla or None))
         for search, configs in zip(tuple(searches), todo, strict=True):
             search.run(configs, [next(steps) for _ in configs])
             if search.ended:
                 searches.remove(search)
                 row = search.row()
                 first = alone.setdefault(search.name, row["per_device"])
-                yield row | {"of_first": row["per_device"] / first}
+                yield row | {"xla": xla, "of_first": row["per_device"] / first}
 
 
 @dataclasses.dataclass
