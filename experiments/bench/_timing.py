@@ -1,5 +1,6 @@
 """Timing jitted functions."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ REFUSALS = (
     ValueError,
 )
 
-__all__ = ["REFUSALS", "device_info", "read_rows", "time_ms", "write_rows"]
+__all__ = ["REFUSALS", "device_info", "read_rows", "time_ms", "timed_batch", "write_rows"]
 
 
 def time_ms(
@@ -41,6 +42,20 @@ def time_ms(
     a batch by themselves: their results may fill the memory. With `seconds` it is the least of
     the batches of so long a time: on a shared CPU other programs come and go, and only add.
     """
+    batch = timed_batch(function, *args, wait=wait, batch_ms=batch_ms)
+    found, end = [batch()], time.perf_counter() + seconds
+    while len(found) < batches or time.perf_counter() < end:
+        found.append(batch())
+    return min(found) if seconds else statistics.median(found)
+
+
+def timed_batch(
+    function: Callable[..., Any],
+    *args: Any,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+    batch_ms: float,
+) -> Callable[[], float]:
+    """Runs a batch of warm calls and returns the milliseconds of one; see `time_ms`."""
     queue = jax.default_backend() != "cpu"
     for _ in range(2):  # compile, then settle the allocator
         wait(function(*args))
@@ -56,7 +71,4 @@ def time_ms(
 
     alone = batch(1)
     calls = max(1, int(batch_ms / (alone if alone > batch_ms / 2 else batch(3))))
-    found, end = [batch(calls)], time.perf_counter() + seconds
-    while len(found) < batches or time.perf_counter() < end:
-        found.append(batch(calls))
-    return min(found) if seconds else statistics.median(found)
+    return functools.partial(batch, calls)

@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     add("--per-device", type=int, nargs="+", help=f"{attention.PER_DEVICE}, {training.PER_DEVICE}")
     add("--heads", type=heads_pair, nargs="+", help="16:16, of strategies 64:8 too")
     add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
-    add("--batches", type=int, default=5, help="of calls, whose median is taken")
+    add("--batches", type=int, default=9, help="of calls, whose median is taken")
     add("--models", nargs="+", choices=MODELS, default=MODELS)
     add("--fsdp-over-seq", action="store_true", help="parameters split over the devices, training")
     add("--chunk", type=int, help="tokens that pass an MLP at once, in training and trace; 1024")

@@ -3,7 +3,8 @@
 import argparse
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.bench._timing import REFUSALS, time_ms
+from experiments.bench._timing import REFUSALS, timed_batch
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
 from longctx.compiler import training_options
 from longctx.device.programs import compile_all
@@ -20,9 +21,7 @@ from pallas_kernels.flash_attention import flash_attention
 RESULTS = ("o", "dq", "dk", "dv")
 TOTALS = (32768, 131072)
 PER_DEVICE = (4096, 8192, 32768)
-# A GPU near its power limit runs faster and slower by turns of some tenths of a second; batches of
-# calls last as long. How long several devices take to start does not count then, either.
-BATCH_MS = 400.0
+BATCH_MS = 200.0  # of queued calls: how long several devices take to start does not count then
 
 
 def measure_ideal(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -85,23 +84,44 @@ def measure(
     compiled = compile_all(lowerings, REFUSALS, xla)
     programs = dict(zip(todo, compiled, strict=True))
     times: dict[Case, float] = {}
-    for case in todo:
-        row = {"group": group, **case._asdict(), "xla": xla}
-        try:
-            if isinstance(programs[case], REFUSALS):
-                raise programs[case]
-            args = draw(case.length, case.heads, case.kv_heads, case.devices)
-            times[case] = time_ms(programs[case], *args, batch_ms=BATCH_MS, batches=options.batches)
-        except REFUSALS as failure:
-            yield row | {"failed": f"{type(failure).__name__}: {failure}"[:300]}
-        else:
-            yield row | {"ms": times[case]} | compared(case, times)
+    for _, beside in itertools.groupby(todo, lambda c: (c.length, c.heads, c.kv_heads, c.which)):
+        for case, found in time_in_turn({c: programs[c] for c in beside}, options.batches):
+            row = {"group": group, **case._asdict(), "xla": xla}
+            if isinstance(found, float):
+                times[case] = found
+                yield row | {"ms": found} | compared(case, times)
+            else:
+                yield row | {"failed": f"{type(found).__name__}: {found}"[:300]}
     shortest = min(case.length for case in todo)
     checked = [c for c in todo if c.length == shortest and c.part == "full" and c in times]
     exact = functools.lru_cache(maxsize=1)(float64)
     for case in (c for c in checked if c.which == PASSES[1]):
         found = errors(case, programs[case], *exact(case._replace(name="ours", devices=1)))
         yield {"group": group, **case._asdict(), "xla": xla, "errors": found}
+
+
+def time_in_turn(
+    programs: Mapping[Case, Any], batches: int
+) -> Iterator[tuple[Case, float | BaseException]]:
+    """Milliseconds of programs that are compared with each other, or why one failed.
+
+    Their batches take turns: GPUs near their power limit run faster and slower, by some percent
+    from one half second to the next.
+    """
+    found: dict[Case, BaseException] = {}
+    ready: dict[Case, Callable[[], float]] = {}
+    for case, program in programs.items():
+        try:
+            if isinstance(program, REFUSALS):
+                raise program
+            args = draw(case.length, case.heads, case.kv_heads, case.devices)
+            ready[case] = timed_batch(program, *args, batch_ms=BATCH_MS)
+        except REFUSALS as failure:
+            found[case] = failure
+    times = [{case: batch() for case, batch in ready.items()} for _ in range(batches)]
+    for case in programs:
+        failure = found.get(case)
+        yield case, failure or statistics.median(turn[case] for turn in times)
 
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
