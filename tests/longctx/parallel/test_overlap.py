@@ -84,12 +84,14 @@ def devices_for(chip, count):
     return list(topology.devices_of(chip, count))
 
 
-def assert_ring_is_hidden(overlap, devices):
+def assert_ring_is_hidden(overlap, devices, *, local, heads):
     """Every move of a forward and a backward lies behind a block, and there are no others."""
     moves = overlap.of("collective-permute")
     assert overlap.moves == moves
-    # In each of n - 1 hops: keys and values, twice, and once their gradients.
-    assert len(moves) == 5 * (devices - 1)
+    # In each of n - 1 hops: keys and values, twice, and once their gradients. XLA joins small ones.
+    hop = 2 * local * heads * 128 * (2 * 2 + 4)
+    assert sum(move.bytes * move.times for move in moves) == (devices - 1) * hop
+    assert len(moves) <= 5 * (devices - 1)
     assert not overlap.exposed, str(overlap)
     assert not any(move.synchronous for move in moves), str(overlap)
 
@@ -110,14 +112,14 @@ RING = functools.partial(context_attention, strategy="ring", layout="zigzag")
 )
 def test_ring_on_tpus(generation, devices, local, heads):
     compiled = compile_for(devices_for(generation, devices), RING, local=local, heads=heads)
-    assert_ring_is_hidden(verify_overlap(compiled), devices)
+    assert_ring_is_hidden(verify_overlap(compiled), devices, local=local, heads=heads)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4, 8, 16])
 def test_ring_on_h100(devices):
     compiled = compile_for(devices_for("h100", devices), RING, local=8192, heads=8)
-    assert_ring_is_hidden(verify_overlap(compiled), devices)
+    assert_ring_is_hidden(verify_overlap(compiled), devices, local=8192, heads=8)
     # dk and dv of a block are written as the message that they become.
     assert not re.search(r"= f32\[2,1,\d+,8,128\]\S* concatenate\(", compiled.as_text())
 
@@ -131,7 +133,7 @@ def test_rings_of_few_heads_need_less_memory(chip, devices):
         for operator in (RING, functools.partial(RING, head_groups=8))
     )
     overlap = verify_overlap(one_by_one)
-    assert_ring_is_hidden(overlap, devices)
+    assert_ring_is_hidden(overlap, devices, local=8192, heads=8)
     assert {move.times for move in overlap.moves} == {8}
     few, many = (x.memory_analysis().temp_size_in_bytes for x in (one_by_one, together))
     assert few <= 0.35 * many
