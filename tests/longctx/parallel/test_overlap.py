@@ -145,7 +145,7 @@ def test_rings_of_few_heads_need_less_memory(chip, devices):
 def test_temporary_memory_does_not_grow_with_the_number_of_devices(chip, backward):
     """With shards too large for the chip's fast memory, at a fixed length per device."""
     four, sixteen = (
-        compile_for(devices_for(chip, n), RING, local=8192, heads=16, backward=backward)
+        compile_for(devices_for(chip, n), RING, local=32768, heads=16, backward=backward)
         .memory_analysis()
         .temp_size_in_bytes
         for n in (4, 16)
