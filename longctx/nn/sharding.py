@@ -11,7 +11,7 @@ from flax.core import meta as linen_meta
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from longctx.parallel.mesh import fitting
+from longctx.parallel.mesh import fitting, mesh_axes
 
 type AxisName = str | None
 type AxisNames = AxisName | tuple[str, ...]
@@ -39,12 +39,11 @@ class Axes:
     @property
     def columns(self) -> tuple[str, ...]:
         """The axes that split an embedding's columns: of `fsdp` those that do not split time."""
-        names = (self.fsdp,) if isinstance(self.fsdp, str) else self.fsdp or ()
-        return tuple(name for name in names if name != self.seq)
+        return tuple(name for name in mesh_axes(self.fsdp) if name != self.seq)
 
     def with_parameters_over_seq(self) -> "Axes":
         """The same, with the parameters of projections split over `seq`, too."""
-        return dataclasses.replace(self, fsdp=(*self.columns, *([self.seq] if self.seq else [])))
+        return dataclasses.replace(self, fsdp=self.columns + mesh_axes(self.seq))
 
     @property
     def hidden(self) -> P:

@@ -122,7 +122,7 @@ def fitting(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
     """
 
     def keep(size: int, entry: Any) -> tuple[str, ...] | None:
-        names = tuple(name for name in _names(entry) if name in sizes)
+        names = tuple(name for name in mesh_axes(entry) if name in sizes)
         while size % math.prod(sizes[name] for name in names):
             names = names[:-1]
         return names or None
@@ -130,7 +130,7 @@ def fitting(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
     return P(*(keep(size, entry) for size, entry in zip(shape, spec, strict=False)))
 
 
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one array axis, as a PartitionSpec has them."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
@@ -139,7 +139,7 @@ def _restrict(spec: P, axes: Container[str]) -> P:
     """`spec` without the mesh axes that are not in `axes`."""
 
     def keep(entry: Any) -> tuple[str, ...] | None:
-        return tuple(name for name in _names(entry) if name in axes) or None
+        return tuple(name for name in mesh_axes(entry) if name in axes) or None
 
     return P(*map(keep, spec))
 
@@ -209,5 +209,5 @@ def sequence_axis(axis: str | None) -> tuple[int, bool]:
 def free_size(axes: str | tuple[str, ...] | None) -> int:
     """Devices over which `shard_operator` would split an array dimension over `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
-    free = (name for name in _names(axes) if name not in mesh.manual_axes)
+    free = (name for name in mesh_axes(axes) if name not in mesh.manual_axes)
     return math.prod(mesh.shape.get(name, 1) for name in free)

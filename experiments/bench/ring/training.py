@@ -9,7 +9,6 @@ devices, which needs least memory.
 import argparse
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -114,12 +113,12 @@ def measure_longest(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     limit = options.memory or jax.devices()[0].memory_stats()["bytes_limit"]
     runs, xla = models(options.smoke), IN_ORDER if jax.default_backend() == "gpu" else {}
     wanted = [(name, devices) for name in options.models for devices in options.devices]
-    steps = (
+    short = (
         lowering(sparing(runs[name], devices, local))
         for name, devices in wanted
         for local in probed(runs[name])
     )
-    probes = compile_all(steps, options=xla or None)
+    probes = compile_all(short, options=xla or None)
     searches = [
         Search(name, runs[name], devices, longest(runs[name], devices, pair, limit), options.tries)
         for (name, devices), pair in zip(wanted, itertools.batched(probes, 2), strict=True)
@@ -149,7 +148,11 @@ class Search:
     tries: int
     needed: dict[int, int | None] = dataclasses.field(default_factory=dict)  # None: not compiled
     longest: int | None = None  # tokens on each device of what ran
-    ended: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether something ran, and nothing longer did."""
+        return self.longest is not None and self.longest < max(self.needed)
 
     def next(self) -> list[RunConfig]:
         """Steps to try next, the longest first, a 64th apart."""
@@ -167,19 +170,14 @@ class Search:
         return [sparing(self.model, self.devices, length) for length in lengths]
 
     def run(self, configs: Sequence[RunConfig], steps: Sequence[Any]) -> None:
-        """Run the first that the compiler and the device let fit."""
-        compiled = {
-            config.data.sequence_length // self.devices: (config, step)
-            for config, step in zip(configs, steps, strict=True)
-        }
-        for length, (_, step) in compiled.items():
-            self.needed[length] = None if isinstance(step, REFUSALS) else bytes_needed(step)
-        for length, (config, step) in compiled.items():
-            fits = (self.needed[length] or math.inf) <= self.predicted["memory_bytes"]
-            if fits and _runs(self.name, config, step):
+        """Run the first, which is the longest, that the compiler and the device let fit."""
+        for config, step in zip(configs, steps, strict=True):
+            length = config.data.sequence_length // self.devices
+            needed = None if isinstance(step, REFUSALS) else bytes_needed(step)
+            self.needed[length] = needed
+            fits = needed is not None and needed <= self.predicted["memory_bytes"]
+            if fits and length > (self.longest or 0) and _runs(self.name, config, step):
                 self.longest = length
-                break
-        self.ended = self.longest is not None and self.longest < max(self.needed)
 
     def row(self) -> dict[str, Any]:
         """What was found, beside what had been predicted."""
@@ -240,5 +238,5 @@ def shown_longest(row: dict[str, Any]) -> str:
     """A row as a line of the printed table."""
     return (
         f"{row['devices']} devices        longest  {row['model']:12} {row['length']:12,} tokens in "
-        f"all, {row['of_first']:.1%} of the first per device" + ("" if row["ran"] else ", NOT RUN")
+        f"all, {row['of_first']:.1%} of the first per device"
     )

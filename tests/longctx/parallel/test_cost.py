@@ -93,14 +93,23 @@ def measured(*groups):
     return [r for group in groups for r in read_rows(RESULTS / f"ring_{group}.jsonl")]
 
 
-def test_predicts_what_was_measured_on_one_two_and_four_gpus():
-    """Within 10%, but for the least work of a ring of four and one program that stands out.
+def copied_ms(row):
+    """What rings copied when they were measured: keys, values and sums, in and out of messages."""
+    if row["name"] not in ("ring", "usp"):
+        return 0.0
+    kv = row["length"] // row["devices"] * row["kv_heads"] * 2 * 128 * 2  # bytes
+    copied = 2 * kv
+    if row["which"] == "forward_backward" and row["name"] == "ring" and row["devices"] == 4:
+        copied += 2 * (kv + 2 * kv) + 2 * kv  # sums are in float32
+    return copied / HARDWARE["H100"].memory * 1e3
 
-    The rings that were measured stacked keys and values; the model's no longer do.
-    """
+
+def test_predicts_what_was_measured_on_one_two_and_four_gpus():
+    """Within 10%, but for the least work of a ring of four and one program that stands out."""
     off = {1: [], 2: [], 4: []}
     for row in beside_measured(measured("ideal", "strategies")):
-        off[row["devices"]].append((row["ms"] / row["measured_ms"] - 1, row))
+        predicted = row["ms"] + copied_ms(row)
+        off[row["devices"]].append((predicted / row["measured_ms"] - 1, row))
     assert {devices: len(found) for devices, found in off.items()} == {1: 28, 2: 40, 4: 52}
     assert all(abs(x) < 0.1 for devices in (1, 2) for x, _ in off[devices])
     more = {
@@ -111,7 +120,7 @@ def test_predicts_what_was_measured_on_one_two_and_four_gpus():
         ("ring", 4096, 16, "forward_backward"),
         ("usp", 8192, 64, "forward"),
     }
-    assert all(-0.25 < x < 0 for x in more.values())
+    assert all(-0.2 < x < 0 for x in more.values())
 
 
 def test_auto_is_within_5_percent_of_the_fastest_that_was_measured():

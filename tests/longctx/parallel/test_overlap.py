@@ -141,11 +141,15 @@ def test_rings_of_few_heads_need_less_memory(chip, devices):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("local", [8192, 32768])
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "h100"])
-def test_temporary_memory_does_not_grow_with_the_number_of_devices(chip, backward):
+def test_temporary_memory_does_not_grow_with_the_number_of_devices(request, chip, local, backward):
     """With shards too large for the chip's fast memory, at a fixed length per device."""
+    if (chip, local, backward) == ("v6e", 8192, True):
+        reason = "its fast memory holds some of the buffers, more of them for 4 devices than for 16"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     four, sixteen = (
-        compile_for(devices_for(chip, n), RING, local=32768, heads=16, backward=backward)
+        compile_for(devices_for(chip, n), RING, local=local, heads=16, backward=backward)
         .memory_analysis()
         .temp_size_in_bytes
         for n in (4, 16)
