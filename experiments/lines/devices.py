@@ -18,6 +18,10 @@ def ring(rows: Sequence[Row]) -> Iterator[Line]:
             both = r["group"] == "ideal" and r["which"] == "forward_backward"
             told = both and bool(r["xla"])  # as `longctx train` compiles
             yield compare_ms(_sharded(r), ideal, r, "ms", f"1/{r['devices']} of one device", told)
+        if "of_replicas" in r:
+            share = {"ms": r["of_replicas"] * r["ms"]}
+            whose = f"1/{r['devices']} of as many devices, each at it alone"
+            yield compare_ms(_sharded(r), share, r, "ms", whose)
         if "errors" in r and r["devices"] > 1:
             ours, one = (max(e.values()) for e in (r["errors"], exact[_shape(r)]))
             what = f"{_sharded(r)}: error against float64"

@@ -83,9 +83,10 @@ def test_a_ring_is_measured_in_three_parts(monkeypatch, clock, tmp_path):
     assert run(monkeypatch, command, *SMALL, "--groups", "ideal", "--out", tmp_path) == 0
     rows = read_rows(tmp_path / "ring_ideal.jsonl")
     assert [row["of_ideal"] for row in rows if "of_ideal" in row] == [0.5] * 2
+    assert [row["of_replicas"] for row in rows if "of_replicas" in row] == [0.5] * 2
     assert [row["overlap"] for row in rows if "overlap" in row] == [(3 + 2 - 4) / 2] * 2
     check_errors(rows, 1)
-    assert len(list(lines.ring(rows))) == 5
+    assert len(list(lines.ring(rows))) == 7
 
 
 @pytest.mark.slow
@@ -122,7 +123,7 @@ def test_what_failed_has_its_reason_and_without_time_rows_stay(monkeypatch, tmp_
     out = ("--groups", "ideal", "--out", tmp_path)
     assert run(monkeypatch, command, *SMALL, *out) == 1
     rows = read_rows(tmp_path / "ring_ideal.jsonl")
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(row["failed"] == "RuntimeError: out of shape" for row in rows)
     assert run(monkeypatch, command, *SMALL, *out, "--seconds", 0) == 0
     assert read_rows(tmp_path / "ring_ideal.jsonl") == rows

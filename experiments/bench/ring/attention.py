@@ -35,13 +35,14 @@ def measure_strategies(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def ideal_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """One device, then the ring over several, whole and in parts."""
+    """One device; then several, each by itself, and the ring over them, whole and in parts."""
     for length, pair, which in itertools.product(
         options.totals or TOTALS, options.heads or [(16, 16)], PASSES
     ):
         case = functools.partial(Case, length, *pair, which)
         yield from map(case, singles())
         for devices in (n for n in options.devices if n > 1):
+            yield from (case(name, devices) for name in singles())
             for part in ("full", "compute", "communication"):
                 yield case("ring", devices, part)
 
@@ -69,9 +70,11 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """One row per program: its time and its share of the ideal; at the end, rows of errors.
 
-    The ideal is the smaller of our own kernel's and cuDNN's time on one device, divided by the
-    number of devices. A ring's last row has its overlap, from its full time and those with only
-    its blocks and only its moves:
+    The ideal is the smaller of our own kernel's and cuDNN's time on the first device, divided by
+    the number of devices. All devices at once may take longer, as a ring goes at the pace of the
+    slowest: `of_replicas` is the share of the same with each device at a sequence of its own.
+    A ring's last row has its overlap, from its full time and those with only its blocks and only
+    its moves:
 
         overlap = (compute + communication - full) / min(compute, communication)
 
@@ -87,13 +90,14 @@ def measure(
     for _, beside in itertools.groupby(todo, lambda c: (c.length, c.heads, c.kv_heads, c.which)):
         for case, found in time_in_turn({c: programs[c] for c in beside}, options.batches):
             row = {"group": group, **case._asdict(), "xla": xla}
-            if isinstance(found, float):
-                times[case] = found
-                yield row | {"ms": found} | compared(case, times)
+            if isinstance(found, list):
+                times[case] = statistics.median(found)
+                found = {"ms": times[case], "batches_ms": found}
+                yield row | found | compared(case, times)
             else:
                 yield row | {"failed": f"{type(found).__name__}: {found}"[:300]}
     shortest = min(case.length for case in todo)
-    checked = [c for c in todo if c.length == shortest and c.part == "full" and c in times]
+    checked = [c for c in times if c.length == shortest and c.part == "full" and c.replicas == 1]
     exact = functools.lru_cache(maxsize=1)(float64)
     for case in (c for c in checked if c.which == PASSES[1]):
         found = errors(case, programs[case], *exact(case._replace(name="ours", devices=1)))
@@ -102,8 +106,8 @@ def measure(
 
 def time_in_turn(
     programs: Mapping[Case, Any], batches: int
-) -> Iterator[tuple[Case, float | BaseException]]:
-    """Milliseconds of programs that are compared with each other, or why one failed.
+) -> Iterator[tuple[Case, list[float] | BaseException]]:
+    """Milliseconds of programs that are compared, batch by batch, or why one failed.
 
     Their batches take turns: GPUs near their power limit run faster and slower, by some percent
     from one half second to the next.
@@ -114,37 +118,45 @@ def time_in_turn(
         try:
             if isinstance(program, REFUSALS):
                 raise program
-            args = draw(case.length, case.heads, case.kv_heads, case.devices)
+            args = draw(case)
             ready[case] = timed_batch(program, *args, batch_ms=BATCH_MS)
         except REFUSALS as failure:
             found[case] = failure
     times = [{case: batch() for case, batch in ready.items()} for _ in range(batches)]
     for case in programs:
         failure = found.get(case)
-        yield case, failure or statistics.median(turn[case] for turn in times)
+        yield case, failure or [turn[case] for turn in times]
 
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
     """A program's share of the ideal, or the overlap of a ring."""
-    if case.devices == 1 or case.part == "compute":
+    if case.name in ONE_DEVICE or case.part == "compute":
         return {}
     if case.part == "communication":
         full, compute = (times.get(case._replace(part=part)) for part in ("full", "compute"))
         if full is None or compute is None:
             return {}
         return {"overlap": (compute + times[case] - full) / min(compute, times[case])}
-    one = case._replace(devices=1)
-    single = min(times.get(one._replace(name=name), np.inf) for name in ONE_DEVICE)
-    if not np.isfinite(single):
-        return {}
-    ideal = single / case.devices
-    return {"ideal_ms": ideal, "of_ideal": ideal / times[case]}
+    first, all_at_once = (
+        min(times.get(case._replace(name=name, devices=n), np.inf) for name in ONE_DEVICE)
+        for n in (1, case.devices)
+    )
+    ideal, found = first / case.devices, {}
+    if np.isfinite(first):
+        found |= {"ideal_ms": ideal, "of_ideal": ideal / times[case]}
+    if np.isfinite(all_at_once):
+        found |= {"of_replicas": all_at_once / case.devices / times[case]}
+    return found
 
 
-@functools.lru_cache(maxsize=2)  # one device's and several devices' of one shape
-def draw(length: int, heads: int, kv_heads: int, devices: int) -> list[Array]:
-    """Random q, k, v, do on the first `devices`."""
-    case = Case(length, heads, kv_heads, PASSES[0], "ours", devices)
+def draw(case: Case) -> list[Array]:
+    """Random q, k, v, do on the devices of a case."""
+    name = "ours" if case.name in ONE_DEVICE else "ring"
+    return _draw(case._replace(which=PASSES[0], name=name, part="full"))
+
+
+@functools.lru_cache(maxsize=3)  # one device's, and several devices' in two ways, of one shape
+def _draw(case: Case) -> list[Array]:
     like = case.operands(case.mesh(jax.devices()))
 
     def normal(key: Array) -> list[Array]:
@@ -156,7 +168,7 @@ def draw(length: int, heads: int, kv_heads: int, devices: int) -> list[Array]:
 
 def float64(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Operands of `case`, tokens in position order, and o, dq, dk, dv in float64."""
-    args = [np.asarray(x) for x in draw(case.length, case.heads, case.kv_heads, 1)]
+    args = [np.asarray(x) for x in draw(case)]
 
     @jax.jit
     def both(q: Array, k: Array, v: Array, do: Array) -> Any:
@@ -187,10 +199,10 @@ def shown(row: dict[str, Any]) -> str:
     """A row as a line of the printed table."""
     said = f"{row['ms']:9.3f} ms" if "ms" in row else ""
     said += f" {row['of_ideal']:7.1%} of ideal" if "of_ideal" in row else ""
+    said += f", {row['of_replicas']:.1%} of replicas" if "of_replicas" in row else ""
     said += f" overlap {row['overlap']:.1%}" if "overlap" in row else ""
     said += f" error {max(row['errors'].values()):.1e}" if "errors" in row else ""
     said += f" FAILED {row['failed']}" if "failed" in row else ""
-    where = (
-        f"{row['devices']} x {row['length'] // row['devices']:6} {row['heads']}:{row['kv_heads']}"
-    )
+    local = Case(*(row[field] for field in Case._fields)).local
+    where = f"{row['devices']} x {local:6} {row['heads']}:{row['kv_heads']}"
     return f"{where:17} {row['which']:16} {row['name']:10} {row['part']:13} {said}"

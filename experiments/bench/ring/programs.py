@@ -24,7 +24,7 @@ ONE_DEVICE = ("cudnn", "ours")
 
 
 class Case(NamedTuple):
-    """One program, on B = 1 sequences."""
+    """One program: a sequence over all devices, or by what one device can run one on each."""
 
     length: int  # of the whole sequence
     heads: int
@@ -35,6 +35,16 @@ class Case(NamedTuple):
     part: str = "full"  # or "compute" or "communication"
 
     @property
+    def replicas(self) -> int:
+        """Sequences, of which each lies on devices of its own."""
+        return self.devices if self.name in ONE_DEVICE else 1
+
+    @property
+    def local(self) -> int:
+        """Tokens on a device."""
+        return self.length * self.replicas // self.devices
+
+    @property
     def layout(self) -> Layout:
         """The layout in which the strategy has equal work on all devices."""
         return Layout(
@@ -43,12 +53,13 @@ class Case(NamedTuple):
 
     def operator(self) -> Callable[..., Any]:
         """Of q, k and v."""
-        if self.name == "ours":
-            return flash_attention
+        if self.name not in ONE_DEVICE:
+            return functools.partial(context_attention, strategy=self.name, layout=self.layout)
+        attend = flash_attention
         if self.name == "cudnn":
             attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-            return functools.partial(attend, is_causal=True)
-        return functools.partial(context_attention, strategy=self.name, layout=self.layout)
+            attend = functools.partial(attend, is_causal=True)
+        return jax.shard_map(attend, in_specs=P("seq"), out_specs=P("seq"), check_vma=False)
 
     def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
         """The first devices of those at hand, along `seq`."""
@@ -56,9 +67,10 @@ class Case(NamedTuple):
 
     def operands(self, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
         """Shapes and shardings of q, k, v, do."""
-        place = NamedSharding(mesh, P(None, "seq"))
+        place = NamedSharding(mesh, P("seq") if self.name in ONE_DEVICE else P(None, "seq"))
+        shape = self.replicas, self.length
         return [
-            jax.ShapeDtypeStruct((1, self.length, heads, WIDTH), jnp.bfloat16, sharding=place)
+            jax.ShapeDtypeStruct((*shape, heads, WIDTH), jnp.bfloat16, sharding=place)
             for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
         ]
 
