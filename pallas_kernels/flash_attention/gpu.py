@@ -6,6 +6,7 @@ whole tiles are padded here. One backward kernel computes dk, dv and, by reducti
 dq; where the result must be deterministic or a head is wider than 128, dq has one of its own.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from pallas_kernels._pallas import forget_varying, unify_varying, varying_axes
 from pallas_kernels.flash_attention.gpu_backward_keys import backward_keys
 from pallas_kernels.flash_attention.gpu_backward_roles import backward_keys_by_role
 from pallas_kernels.flash_attention.gpu_backward_rows import backward_rows
-from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible
+from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible, probability_scale
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
 from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
@@ -83,16 +84,17 @@ def bwd(
     tiles: GpuTiles | None = None,
     interpret: Any = None,
 ) -> Gradients:
-    """See `xla.bwd`. The interpreter knows no reductions: there it is always deterministic."""
+    """See `xla.bwd`. The interpreter knows no reductions: there it must be deterministic."""
     tiles = tiles or _tiles(spec)
     axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *accumulate)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E)  # 2^(s - inf) = 0: such rows vanish
+    scale = math.log2(probability_scale(spec))
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E - scale)  # 2^(s - inf) = 0: they vanish
     rows, keys = tiles.rows.q, tiles.keys.kv  # multiples of the other kernels' tiles
     wide = _table_width(spec)
     q, do = _pad(q, rows, wide), _pad(do.astype(q.dtype), rows)
     k, v = _pad(k, keys, wide), _pad(v, keys)
     lse = _pad(lse, rows, axis=2, value=jnp.inf)
-    delta = _pad(delta, rows, axis=2)
+    minus_delta = _pad(-delta, rows, axis=2)
     sums = {
         name: _pad(x, size, width)
         for name, x, size, width in zip(
@@ -104,7 +106,7 @@ def bwd(
     def by_keys(dq: Any) -> tuple[Array, Array]:
         visible = _visible(spec, lo, hi, tiles.keys, column_bounds)
         some = {name: x for name, x in sums.items() if name != "dq"}
-        args = (q, k, v, visible, do, lse, delta)
+        args = (q, k, v, visible, do, lse, minus_delta)
         how = {"spec": spec, "tiles": tiles.keys, "interpret": interpret}
         if tiles.passes == "roles":
             written = backward_keys_by_role(*args, some, **how)
@@ -112,11 +114,11 @@ def bwd(
             written = backward_keys(*args, dq, some, **how)
         return written if len(written) == 2 else (written[0][0], written[0][1])
 
-    if tiles.passes == "together" and not spec.deterministic and interpret is None:
+    if tiles.passes == "together" and not spec.deterministic:
         if "dq" in sums:
             ref = jax.new_ref(forget_varying(sums["dq"]))
         else:  # tied to this call, else XLA makes the zeros of several calls at once
-            zero, delta = lax.optimization_barrier((jnp.zeros((), jnp.float32), delta))
+            zero, lse = lax.optimization_barrier((jnp.zeros((), jnp.float32), lse))
             ref = jax.new_ref(jnp.full(q.shape, zero))
         dk, dv = by_keys(ref)
         dq = jax.freeze(ref)
@@ -124,7 +126,7 @@ def bwd(
     else:
         visible = _visible(spec, lo, hi, tiles.rows, row_bounds)
         dq = backward_rows(
-            q, k, v, visible, do, lse, delta, sums.get("dq"),
+            q, k, v, visible, do, lse, minus_delta, sums.get("dq"),
             spec=spec, tiles=tiles.rows, interpret=interpret,
         )  # fmt: skip
         dk, dv = by_keys(None)

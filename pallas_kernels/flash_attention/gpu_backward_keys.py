@@ -2,7 +2,7 @@
 
 A block owns `64 n` keys of one key/value head:
     grid        (head groups, key tiles, heads of a group), heavy key tiles first
-    SMEM        k, v: 64 keys per warpgroup; q, do, lse, delta: rings of query tiles;
+    SMEM        k, v: 64 keys per warpgroup; q, do, lse, -delta: rings of query tiles;
                 ds of all the block's keys, twice; dq: the part of each warpgroup
     registers   per compute warpgroup: dk [64, D] and dv [64, E] float32, p^T and ds^T [64, q]
 
@@ -29,11 +29,13 @@ from pallas_kernels.flash_attention.gpu_common import (
     Visible,
     accumulate,
     accumulators,
+    again,
     awaited,
     capped,
     exponent_scale,
     key_gradients,
     per_column,
+    probability_scale,
     seen,
     smem,
     walk_rows,
@@ -49,7 +51,7 @@ def backward_keys(
     visible: Visible | None,
     do: Float[Array, "B T H E"],
     lse: Float[Array, "B H T"],
-    delta: Float[Array, "B H T"],
+    minus_delta: Float[Array, "B H T"],
     dq: Any,
     sums: dict[str, Array],
     *,
@@ -59,8 +61,9 @@ def backward_keys(
 ) -> tuple[Array, ...]:
     """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
-    lse is in base 2, and inf for rows that see nothing. dq: None or a float32 ref `[B, T, H, D]`,
-    to which the gradient of q is added. One array `[2, B, S, K, D]` if `key_gradients` says so.
+    lse is in base 2, less that of `probability_scale`, and inf for rows that see nothing. dq: None
+    or a float32 ref `[B, T, H, D]`, to which the gradient of q is added. One array `[2, B, S, K,
+    D]` if `key_gradients` says so.
     """
     batch, length, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -76,17 +79,18 @@ def backward_keys(
             " and dq is reduced"
         )
     shape = (ROWS, tiles.q)
-    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, delta, dq, sums))
+    through_smem = not sums and spec.out_dtype == v.dtype and width == value_width
+    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, minus_delta, dq, sums))
 
     def kernel(*refs):
-        q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, dq_gmem, sums_gmem = (
-            jax.tree.unflatten(structure, refs[: len(arrays)])
+        q_gmem, k_gmem, v_gmem, ranges, do_gmem, *of_rows, dq_gmem, sums_gmem = jax.tree.unflatten(
+            structure, refs[: len(arrays)]
         )
         *written, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
             len(arrays) :
         ]
         k_smem, v_smem = own_smem
-        q_smem, lse_smem, delta_smem, do_smem = rings
+        q_smem, lse_smem, minus_delta_smem, do_smem = rings
         kv_full, q_full, do_full = full
         q_empty, do_empty = empty
         index = lax.axis_index("group") * heads_per_group + lax.axis_index("head")
@@ -110,8 +114,8 @@ def backward_keys(
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_empty.at[slot]))
                 ready = q_full.at[slot]
                 plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(lse_gmem.at[b, h, rows], lse_smem.at[slot], ready)
-                plgpu.copy_gmem_to_smem(delta_gmem.at[b, h, rows], delta_smem.at[slot], ready)
+                for gmem, ring in zip(of_rows, (lse_smem, minus_delta_smem), strict=True):
+                    plgpu.copy_gmem_to_smem(gmem.at[b, h, rows], ring.at[slot], ready)
                 pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_empty.at[slot]))
                 ready = do_full.at[slot]
                 plgpu.copy_gmem_to_smem(do_gmem.at[b, rows, h], do_smem.at[slot], ready)
@@ -126,6 +130,7 @@ def backward_keys(
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             first_key = tile * tiles.kv + warpgroup * ROWS
             p_spare, dk_spare, dv_spare = (None if x is None else x.at[warpgroup] for x in spare)
+            rest = spec.scale / probability_scale(spec)
             own_rows = warpgroup if split_rows else 0
             own_columns = pl.ds(0 if split_rows else warpgroup * dq_shape[1], dq_shape[1])
 
@@ -142,20 +147,20 @@ def backward_keys(
 
             def add_dq(part, h, i):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_smem[warpgroup] = part * spec.scale
+                dq_smem[warpgroup] = part * rest
                 plgpu.commit_smem()
                 rows = pl.ds(i * tiles.q + own_rows * ROWS, ROWS)
                 to = dq_gmem.at[b, rows, h, own_columns]
                 plgpu.copy_smem_to_gmem(dq_smem.at[warpgroup], to, reduction_op="add")
 
-            def step(dk_acc, dv_acc, masked, h, before, i, last):
+            def step(dk_acc, dv_acc, masked, h, before, i, state):
+                own, *last = state
                 n = before + i
                 slot, turn = lax.rem(n, stages), lax.rem(n, 2)
                 q_tile, do_tile = q_smem.at[slot], do_smem.at[slot]
 
                 def multiply_scores(s_acc):
-                    plgpu.barrier_wait(q_full.at[slot])
-                    plgpu.wgmma(s_acc, k_smem.at[warpgroup], q_tile.transpose((1, 0)))
+                    plgpu.wgmma(s_acc, k_smem.at[own], q_tile.transpose((1, 0)))
 
                 def finish_step_before(s_acc, dq_acc):
                     multiply_dq(dq_acc, 1 - turn)
@@ -173,26 +178,30 @@ def backward_keys(
                     return p, t
 
                 def score_gradients(s_acc, dp_acc):
-                    delta = per_column(plgpu.load(delta_smem.at[slot], layout=PER_COLUMN), shape)
-                    if interpret is None:  # the sum starts from -delta: fewer registers
-                        dp_acc[...] = -delta
-                    plgpu.wgmma(dp_acc, v_smem.at[warpgroup], do_tile.transpose((1, 0)))
+                    start = plgpu.load(minus_delta_smem.at[slot], layout=PER_COLUMN)
+                    start = per_column(start, shape)
+                    if interpret is None:  # fewer registers than to add it
+                        dp_acc[...] = start
+                    plgpu.wgmma(dp_acc, v_smem.at[own], do_tile.transpose((1, 0)))
                     p, t = probabilities(s_acc)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                    ds = p * (dp if interpret is None else dp - delta)
+                    ds = p * (dp if interpret is None else dp + start)
                     return (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
 
                 def multiply(s_acc):
                     if dq is None:
                         multiply_scores(s_acc)
                     else:
-                        plgpu.barrier_wait(ds_ready)
                         run = functools.partial(finish_step_before, s_acc)
                         pl.run_scoped(run, plgpu.ACC(dq_shape, jnp.float32))
-                    plgpu.barrier_wait(do_full.at[slot])
                     run = functools.partial(score_gradients, s_acc)
                     return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
+                # Before the sums begin: they start from zero only in the block that makes them.
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(do_full.at[slot])
+                if dq is not None:
+                    plgpu.barrier_wait(ds_ready)
                 ds = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 accumulate(dk_acc, ds, q_tile, p_spare)
                 if dq is not None:
@@ -200,7 +209,7 @@ def backward_keys(
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(q_empty.at[slot])
                 plgpu.barrier_arrive(do_empty.at[slot])
-                return h, i
+                return again(own), h, i
 
             def compute(dk_acc, dv_acc):
                 for w in range(1 if dq is None else warpgroups):
@@ -208,8 +217,8 @@ def backward_keys(
                 if dq is not None:  # the step before the first has no ds
                     show_ds(1, jnp.zeros(shape, q.dtype))
                 last_tile = length // tiles.q - 1
-                last = kv_head * spec.group, jnp.minimum(tile, last_tile)
-                steps, last = walk(functools.partial(step, dk_acc, dv_acc), last)
+                state = warpgroup, kv_head * spec.group, jnp.minimum(tile, last_tile)
+                steps, (_, *last) = walk(functools.partial(step, dk_acc, dv_acc), state)
                 if dq is not None:
                     plgpu.barrier_wait(ds_ready)
 
@@ -223,9 +232,10 @@ def backward_keys(
             shapes = [(ROWS, width), (ROWS, value_width)]
             dk, dv = accumulators(compute, shapes, [dk_spare, dv_spare])
             at = b, pl.ds(first_key, ROWS), kv_head
-            write_gradient(written, dk * spec.scale, sums_gmem, "dk", at)
-            write_gradient(written, dv, sums_gmem, "dv", at)
-            plgpu.wait_smem_to_gmem(0)
+            through = v_smem.at[warpgroup] if through_smem else None  # no one else reads it
+            for name, value in (("dk", dk * rest), ("dv", dv / probability_scale(spec))):
+                write_gradient(written, value, sums_gmem, name, at, through)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)

@@ -6,7 +6,7 @@ to the other. Nothing is multiplied twice: two products each, where a kernel of 
 would multiply the scores again.
 
     grid        (head groups, key tiles, heads of a group), heavy key tiles first
-    SMEM        k, v: 64 keys; q, lse and do, delta: rings of query tiles; p^T, float32, twice
+    SMEM        k, v: 64 keys; q, lse and do, -delta: rings of query tiles; p^T, float32, twice
     registers   warpgroup 0: dv [64, E] float32, s^T and p^T [64, q]
                 warpgroup 1: dk [64, D] float32, dp^T and ds^T [64, q]
                 warpgroup 2 loads
@@ -37,6 +37,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     exponent_scale,
     key_gradients,
     per_column,
+    probability_scale,
     seen,
     smem,
     walk_rows,
@@ -55,7 +56,7 @@ def backward_keys_by_role(
     visible: Visible | None,
     do: Float[Array, "B T H E"],
     lse: Float[Array, "B H T"],
-    delta: Float[Array, "B H T"],
+    minus_delta: Float[Array, "B H T"],
     sums: dict[str, Array],
     *,
     spec: Spec,
@@ -64,8 +65,8 @@ def backward_keys_by_role(
 ) -> tuple[Array, ...]:
     """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
-    lse is in base 2, and inf for rows that see nothing. One array `[2, B, S, K, D]` if
-    `key_gradients` says so.
+    lse is in base 2, less that of `probability_scale`, and inf for rows that see nothing. One array
+    `[2, B, S, K, D]` if `key_gradients` says so.
     """
     batch, _, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -73,15 +74,15 @@ def backward_keys_by_role(
     stages = tiles.stages
     heads_per_group = max(tiles.head_group(spec) // spec.group, 1)
     shape = (ROWS, tiles.q)
-    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, delta, sums))
+    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, minus_delta, sums))
 
     def kernel(*refs):
-        q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, sums_gmem = (
+        q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, minus_delta_gmem, sums_gmem = (
             jax.tree.unflatten(structure, refs[: len(arrays)])
         )
         *written, own_smem, rings, p_smem, full, empty, spare = refs[len(arrays) :]
         k_smem, v_smem = own_smem
-        q_smem, lse_smem, do_smem, delta_smem = rings
+        q_smem, lse_smem, do_smem, minus_delta_smem = rings
         k_full, v_full, q_full, do_full, p_full = full
         q_empty, do_empty, p_empty = empty
         p_spare, ds_spare, dk_spare, dv_spare = spare
@@ -103,7 +104,7 @@ def backward_keys_by_role(
                 slot = lax.rem(n, stages)
                 for gmem, ring, numbers, numbers_ring, ready, free in (
                     (q_gmem, q_smem, lse_gmem, lse_smem, q_full, q_empty),
-                    (do_gmem, do_smem, delta_gmem, delta_smem, do_full, do_empty),
+                    (do_gmem, do_smem, minus_delta_gmem, minus_delta_smem, do_full, do_empty),
                 ):
                     pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                     plgpu.copy_gmem_to_smem(gmem.at[b, rows, h], ring.at[slot], ready.at[slot])
@@ -118,7 +119,6 @@ def backward_keys_by_role(
 
         def probabilities(s_acc, slot, masked, h, i):
             """p^T, and what it passes on: p^T times the slope of the soft cap."""
-            plgpu.barrier_wait(q_full.at[slot])
             plgpu.wgmma(s_acc, k_smem, q_smem.at[slot].transpose((1, 0)))
             base = plgpu.load(lse_smem.at[slot], layout=PER_COLUMN)
             t = capped(s_acc[...], spec)
@@ -130,19 +130,19 @@ def backward_keys_by_role(
 
         def score_gradients(dp_acc, slot, turn):
             """ds^T."""
-            plgpu.barrier_wait(do_full.at[slot])
-            delta = per_column(plgpu.load(delta_smem.at[slot], layout=PER_COLUMN), shape)
-            if interpret is None:  # the sum starts from -delta: fewer registers
-                dp_acc[...] = -delta
+            start = per_column(plgpu.load(minus_delta_smem.at[slot], layout=PER_COLUMN), shape)
+            if interpret is None:  # fewer registers than to add it
+                dp_acc[...] = start
             plgpu.wgmma(dp_acc, v_smem, do_smem.at[slot].transpose((1, 0)))
             plgpu.barrier_wait(p_full.at[turn])
             p = plgpu.load(p_smem.at[turn], layout=WGMMA)
             dp = dp_acc[...]
-            return (p * (dp if interpret is None else dp - delta)).astype(q.dtype)
+            return (p * (dp if interpret is None else dp + start)).astype(q.dtype)
 
         def dv_step(dv_acc, masked, h, before, i, state):
             n = before + i
             slot, turn = lax.rem(n, stages), lax.rem(n, TURNS)
+            plgpu.barrier_wait(q_full.at[slot])
             run = functools.partial(probabilities, slot=slot, masked=masked, h=h, i=i)
             p, passed = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
             plgpu.barrier_arrive(q_empty.at[slot])
@@ -159,6 +159,7 @@ def backward_keys_by_role(
             del h
             n = before + i
             slot, turn = lax.rem(n, stages), lax.rem(n, TURNS)
+            plgpu.barrier_wait(do_full.at[slot])
             run = functools.partial(score_gradients, slot=slot, turn=turn)
             ds = pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
             plgpu.barrier_arrive(p_empty.at[turn])
@@ -180,6 +181,7 @@ def backward_keys_by_role(
                 return dv_acc[...]
 
             dv = accumulators(compute, [(ROWS, value_width)], [dv_spare])
+            dv /= probability_scale(spec)
             write_gradient(written, dv, sums_gmem, "dv", keys)
 
         @pl.when(warpgroup == DK)
@@ -191,7 +193,8 @@ def backward_keys_by_role(
                 walk(functools.partial(dk_step, dk_acc), None)
                 return dk_acc[...]
 
-            dk = accumulators(compute, [(ROWS, width)], [dk_spare]) * spec.scale
+            dk = accumulators(compute, [(ROWS, width)], [dk_spare])
+            dk *= spec.scale / probability_scale(spec)
             write_gradient(written, dk, sums_gmem, "dk", keys)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)

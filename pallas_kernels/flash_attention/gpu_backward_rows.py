@@ -25,10 +25,12 @@ from pallas_kernels.flash_attention.gpu_common import (
     Visible,
     accumulate,
     accumulators,
+    again,
     awaited,
     capped,
     exponent_scale,
     per_row,
+    probability_scale,
     row_tile_bounds,
     seen,
     smem,
@@ -44,7 +46,7 @@ def backward_rows(
     visible: Visible | None,
     do: Float[Array, "B T H E"],
     lse: Float[Array, "B H T"],
-    delta: Float[Array, "B H T"],
+    minus_delta: Float[Array, "B H T"],
     dq_sum: Float[Array, "B T H D"] | None,
     *,
     spec: Spec,
@@ -53,17 +55,17 @@ def backward_rows(
 ) -> Float[Array, "B T H D"]:
     """dq, added to the float32 dq_sum if there is one.
 
-    lse is in base 2, and inf for rows that see nothing.
+    lse is in base 2, less that of `probability_scale`, and inf for rows that see nothing.
     """
     batch, length, heads, width = q.shape
     value_width = v.shape[-1]
     warpgroups, stages, v_stages = tiles.q // ROWS, tiles.stages, tiles.early_stages
     group = tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
-    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, delta, dq_sum))
+    arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, minus_delta, dq_sum))
 
     def kernel(*refs):
-        q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, delta_gmem, sum_gmem = (
+        q_gmem, k_gmem, v_gmem, ranges, do_gmem, lse_gmem, minus_delta_gmem, sum_gmem = (
             jax.tree.unflatten(structure, refs[: len(arrays)])
         )
         dq_gmem, own_smem, rings, full, empty, spare = refs[len(arrays) :]
@@ -106,23 +108,19 @@ def backward_rows(
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             first_row = tile * tiles.q + warpgroup * ROWS
             rows = pl.ds(first_row, ROWS)
+            rest = spec.scale / probability_scale(spec)
             ds_spare, dq_spare = (None if x is None else x.at[warpgroup] for x in spare)
-            base, delta = (
+            base, minus_delta = (
                 plgpu.load(x.at[b, h, rows], layout=PER_ROW, optimized=False)
-                for x in (lse_gmem, delta_gmem)
+                for x in (lse_gmem, minus_delta_gmem)
             )
 
-            def step(dq_acc, masked, i, _):
+            def step(dq_acc, masked, i, own):
                 slot, v_slot = lax.rem(i - start, stages), lax.rem(i - start, v_stages)
-                # Always `warpgroup`, but the compiler must not know: it would keep every
-                # descriptor of q and do in registers over the loop, and spill dq.
-                own = warpgroup + lax.div(i, 1 << 30)
 
                 def multiply(s_acc, dp_acc):
-                    plgpu.barrier_wait(k_full.at[slot])
                     k_tile = k_smem.at[slot].transpose((1, 0))
                     plgpu.wgmma(s_acc, q_smem.at[own], k_tile)
-                    plgpu.barrier_wait(v_full.at[v_slot])
                     v_tile = v_smem.at[v_slot].transpose((1, 0))
                     plgpu.wgmma(dp_acc, do_smem.at[own], v_tile)
                     t = capped(plgpu.wgmma_accumulator_load(s_acc, wait_n=1), spec)
@@ -132,24 +130,28 @@ def backward_rows(
                         p = jnp.where(mask, p, 0.0)
                     dp = dp_acc[...]
                     plgpu.barrier_arrive(v_empty.at[v_slot])
-                    ds = p * (dp - per_row(delta, shape))
+                    ds = p * (dp + per_row(minus_delta, shape))
                     return (ds if spec.soft_cap is None else ds * (1 - t * t)).astype(q.dtype)
 
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[v_slot])
                 ds = pl.run_scoped(multiply, *[plgpu.ACC(shape, jnp.float32)] * 2)
                 accumulate(dq_acc, ds, k_smem.at[slot], ds_spare)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(k_empty.at[slot])
+                return again(own)
 
             def compute(dq_acc):
                 plgpu.barrier_wait(q_full.at[warpgroup])
                 loops = [(full_start, full_stop, False), (full_stop, stop, True)]
                 if visible is not None or spec.window is not None:
                     loops.insert(0, (start, full_start, True))
+                own = warpgroup
                 for first, last, masked in loops:
-                    lax.fori_loop(first, last, functools.partial(step, dq_acc, masked), None)
+                    own = lax.fori_loop(first, last, functools.partial(step, dq_acc, masked), own)
                 return dq_acc[...]
 
-            dq = accumulators(compute, [(ROWS, width)], [dq_spare]) * spec.scale
+            dq = accumulators(compute, [(ROWS, width)], [dq_spare]) * rest
             if dq_sum is not None:
                 dq += plgpu.load(sum_gmem.at[b, rows, h], layout=WGMMA, optimized=False)
             dq_gmem.at[b, rows, h][...] = dq.astype(dq_gmem.dtype)

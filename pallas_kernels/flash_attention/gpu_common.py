@@ -186,13 +186,42 @@ def key_gradients(k: jax.Array, v: jax.Array, sums: dict[str, Any], spec: Spec) 
     return (jax.ShapeDtypeStruct((2, *dk.shape), dk.dtype),)
 
 
-def write_gradient(written: Sequence[Any], value: jax.Array, sums: dict, name: str, at: tuple):
-    """Store a block's gradient, added to what `sums[name]` has at the same place if it is there."""
+def write_gradient(
+    written: Sequence[Any], value: jax.Array, sums: dict, name: str, at: tuple, through: Any = None
+):
+    """Store a block's gradient, added to what `sums[name]` has at the same place if it is there.
+
+    By way of the SMEM tile `through`, if there is one, and TMA: threads would write half sectors.
+    """
     which = ("dk", "dv").index(name)
     gmem = written[which].at[*at] if len(written) == 2 else written[0].at[which, *at]
     if name in sums:
         value += plgpu.load(sums[name].at[*at], layout=WGMMA, optimized=False)
-    gmem[...] = value.astype(gmem.dtype)
+    if through is None:
+        gmem[...] = value.astype(gmem.dtype)
+        return
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    through[...] = value.astype(gmem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(through, gmem)
+
+
+def again(index):
+    """The index of a warpgroup for the next step of a loop: the same, as only we know.
+
+    A compiler that knows keeps the descriptors of all products with the warpgroup's tiles in
+    registers, one by one, and spills.
+    """
+    return jnp.bitwise_and(index, 7)
+
+
+def probability_scale(spec: Spec) -> float:
+    """What the probabilities of a backward pass are multiplied by.
+
+    By the scale of the scores, which their gradients then have; but float16 holds no less than
+    6e-8, and probabilities of long sequences get near it.
+    """
+    return 1.0 if spec.dtype == jnp.float16 else spec.scale
 
 
 def exponent_scale(spec: Spec) -> float:

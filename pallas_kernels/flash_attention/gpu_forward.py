@@ -148,13 +148,13 @@ def forward(
                     l = jnp.where(m == -jnp.inf, 0.0, 1.0)
 
                 def first(s_acc):
-                    plgpu.barrier_wait(q_full.at[warpgroup])
-                    plgpu.barrier_wait(k_full.at[0])
-                    pl.when(warpgroup > 0)(take_turn)
                     multiply_scores(s_acc, 0)
                     pass_turn()
                     return s_acc[...]
 
+                plgpu.barrier_wait(q_full.at[warpgroup])
+                plgpu.barrier_wait(k_full.at[0])
+                pl.when(warpgroup > 0)(take_turn)
                 s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
                 plgpu.barrier_arrive(k_empty.at[0])
                 p, m, l, shrink = soften(s, m, l, 0, True)
@@ -168,14 +168,14 @@ def forward(
                     slot, before = lax.rem(i, stages), lax.rem(i - 1, stages)
 
                     def multiply(s_acc):
-                        plgpu.barrier_wait(k_full.at[slot])
-                        take_turn()
                         multiply_scores(s_acc, slot)
                         plgpu.barrier_wait(v_full.at[before])
                         accumulate(o_acc, p, v_smem.at[before], p_spare)
                         pass_turn()
                         return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
 
+                    plgpu.barrier_wait(k_full.at[slot])
+                    take_turn()
                     s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(k_empty.at[slot])
                     new_p, m, l, shrink = soften(s, m, l, i, masked)

@@ -92,6 +92,20 @@ def test_interpreted_window_offset_and_soft_cap(capfd, tiles):
     assert "RACE" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_interpreted_dq_by_reduction(monkeypatch, width):
+    """With one tile of keys a tile of dq gets one term, and a copy does for a reduction."""
+    copy = plgpu.copy_smem_to_gmem
+
+    def copied(*args, reduction_op=None, **options):
+        return copy(*args, **options)
+
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", copied)
+    args = half(1, 200, 128, heads=1, width=width)
+    tiles = dataclasses.replace(TOGETHER, keys=gpu_tiles(width).keys)
+    check_passes(args, tiles=tiles, deterministic=False, causal=False)
+
+
 @pytest.mark.slow
 def test_interpreted_keys_that_nobody_sees(capfd):
     args = half(1, 60, 200, heads=1, width=64)
