@@ -15,6 +15,11 @@ The schedule (which tiles `[start, stop)` each tile needs, and which of them wit
 prefetched to scalar memory; `steps` is the longest range in it, known only when the kernel
 starts. A step beyond its tile's own range computes nothing and names the block that the next
 tile needs first, so nothing is fetched in vain and the next tile finds its block there.
+
+A result over other keys is continued where it is made, and stays in VMEM beside the output: o and
+lse are a state (m, l, o) = (lse, 1, o) from which the forward starts, with l = 0 where lse is -inf,
+and a dq is added in the last step. XLA would join either in a program of its own, and may put a
+move of the ring beside that, which is too short to hide it, instead of beside a kernel.
 """
 
 import math
@@ -27,7 +32,6 @@ from jax import lax
 
 from pallas_kernels._pallas import pl, pltpu, unify_varying, varying_axes
 from pallas_kernels.flash_attention.intervals import Bounds, column_bounds, row_bounds, row_limits
-from pallas_kernels.flash_attention.reference import merge
 from pallas_kernels.flash_attention.tiles import Spec, TpuTiles, tpu_tiles
 
 LOG2E = math.log2(math.e)
@@ -50,7 +54,6 @@ def unsupported(spec: Spec) -> str | None:
 def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: TpuTiles | None = None):
     """See `xla.fwd`."""
     tiles = (tiles or tpu_tiles(spec)).fit(spec)
-    dtype = spec.out_dtype if carry is None else jnp.float32
     o, lse = _launch(
         _forward_kernel,
         spec,
@@ -60,22 +63,20 @@ def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: TpuTiles | None = None):
         _limits(lo, hi),
         [("row", _width_first(q)), ("key", _heads_first(k)), ("key^T", _width_first(v))],
         [
-            ("row", spec.q_heads, spec.value_width, dtype),
+            ("row", spec.q_heads, spec.value_width, spec.out_dtype),
             ("row", spec.q_heads, 1, jnp.float32),
         ],
         scratch=[(1, tiles.q), (1, tiles.q), (spec.value_width, tiles.q)],
+        carried=[] if carry is None else [_width_first(carry[0]), carry[1][:, :, None]],
     )
-    o, lse = o.transpose(0, 3, 1, 2), lse[:, :, 0]
-    if carry is not None:
-        before, lse_before = carry
-        o, lse = merge(before, lse_before, o, lse)
-    return o.astype(spec.out_dtype), lse
+    return o.transpose(0, 3, 1, 2), lse[:, :, 0]
 
 
 def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTiles | None = None):
     """See `xla.bwd`."""
     tiles = (tiles or tpu_tiles(spec)).fit(spec)
     dtypes = [spec.out_dtype if x is None else jnp.float32 for x in accumulate]
+    dq_before, *dk_dv_before = accumulate
     # A row without keys has lse -inf; all of its scores are masked, whatever is subtracted.
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * LOG2E
     rows = [
@@ -95,6 +96,7 @@ def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTi
         [*rows, *keys, ("key^T", _width_first(k))],
         [("row", spec.q_heads, spec.key_width, dtypes[0])],
         scratch=[(spec.key_width, tiles.q)],
+        carried=[] if dq_before is None else [_width_first(dq_before)],
     )
     dk, dv = _launch(
         _dk_dv_kernel,
@@ -110,16 +112,25 @@ def bwd(q, k, v, lo, hi, do, lse, delta, accumulate, *, spec: Spec, tiles: TpuTi
         ],
         scratch=[(tiles.kv, spec.key_width), (tiles.kv, spec.value_width)],
     )
-    gradients = dq.transpose(0, 3, 1, 2), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
-    return tuple(g if a is None else a + g for a, g in zip(accumulate, gradients, strict=True))
+    dk_dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    dk_dv = (g if a is None else a + g for a, g in zip(dk_dv_before, dk_dv, strict=True))
+    return (dq.transpose(0, 3, 1, 2), *dk_dv)
 
 
-def _forward_kernel(spec: Spec, tile: "_Tile", q, k, v_t, o, lse, m, l, acc):
+def _forward_kernel(spec: Spec, tile: "_Tile", q, k, v_t, *refs):
+    *carried, o, lse, m, l, acc = refs
+
     @pl.when(tile.first)
     def _():
-        m[...] = jnp.full_like(m, -jnp.inf)
-        l[...] = jnp.zeros_like(l)
-        acc[...] = jnp.zeros_like(acc)
+        if carried:
+            o_before, lse_before = carried
+            m[...] = lse_before[...] * LOG2E
+            l[...] = jnp.where(lse_before[...] == -jnp.inf, 0.0, 1.0)
+            acc[...] = o_before[...]
+        else:
+            m[...] = jnp.full_like(m, -jnp.inf)
+            l[...] = jnp.zeros_like(l)
+            acc[...] = jnp.zeros_like(acc)
 
     @tile.compute
     def _(keys: slice, masked: bool):
@@ -140,7 +151,9 @@ def _forward_kernel(spec: Spec, tile: "_Tile", q, k, v_t, o, lse, m, l, acc):
         lse[...] = jnp.where(empty, -jnp.inf, (m[...] + jnp.log2(total)) / LOG2E)
 
 
-def _dq_kernel(spec: Spec, tile: "_Tile", q, do, lse, delta, k, v, k_t, dq, acc):
+def _dq_kernel(spec: Spec, tile: "_Tile", q, do, lse, delta, k, v, k_t, *refs):
+    *carried, dq, acc = refs
+
     @pl.when(tile.first)
     def _():
         acc[...] = jnp.zeros_like(acc)
@@ -152,7 +165,8 @@ def _dq_kernel(spec: Spec, tile: "_Tile", q, do, lse, delta, k, v, k_t, dq, acc)
 
     @pl.when(tile.last)
     def _():
-        dq[...] = (spec.scale * acc[...]).astype(dq.dtype)
+        own = spec.scale * acc[...]
+        dq[...] = (carried[0][...] + own if carried else own).astype(dq.dtype)
 
 
 def _dk_dv_kernel(spec: Spec, tile: "_Tile", q, do, lse, delta, k, v, dk, dv, dk_acc, dv_acc):
@@ -286,14 +300,17 @@ def _launch(
     inputs: Sequence[tuple[str, jax.Array]],
     outputs: Sequence[tuple[str, int, int, Any]],
     scratch: Sequence[tuple[int, int]],
+    carried: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
-    """Run `kernel(spec, tile, *inputs, *outputs, *scratch)` over the schedule `bounds`.
+    """Run `kernel(spec, tile, *inputs, *carried, *outputs, *scratch)` over the schedule `bounds`.
 
     Inputs are (kind, array), outputs (kind, heads, width, dtype), kinds those of `_Grid.block`.
+    `carried` are the arrays that the first of the outputs continue, each of its output's kind.
     """
     grid = _Grid(spec, stationary, bounds)
-    names = [kind for kind, _ in (*limits, *inputs)]
-    arrays = [_pad(kind, x, tiles) for kind, x in (*limits, *inputs)]
+    before = [(kind, x) for x, (kind, *_) in zip(carried, outputs, strict=False)]
+    names = [kind for kind, _ in (*limits, *inputs, *before)]
+    arrays = [_pad(kind, x, tiles) for kind, x in (*limits, *inputs, *before)]
     steps = jnp.maximum((bounds.stop - bounds.start).max(), 1)
     table = jnp.stack(bounds, axis=-1).reshape(-1)
     axes = varying_axes(steps, table, *arrays)

@@ -16,11 +16,12 @@ from pallas_kernels.flash_attention import (
     block_forward,
     flash_attention,
     intervals,
+    row_delta,
     tpu,
 )
 from pallas_kernels.flash_attention.api import make_spec
 from pallas_kernels.flash_attention.tiles import TpuTiles, tpu_tiles
-from tests.harness import assert_close, check_op, pullback_of
+from tests.harness import assert_close, check_op, pullback_of, random_like
 from tests.pallas_kernels.flash_attention.cases import (
     TOLERANCE,
     definition,
@@ -94,31 +95,35 @@ def test_interpreted_vmap_of_intervals(interpreted):
     assert_close([x[:, 0] for x in got], run(*args, lo, hi), 1e-6)
 
 
-@pytest.mark.slow
 def test_interpreted_blocks(interpreted):
     """Carry in, gradients accumulated: two hops equal all keys at once."""
     how = {"backend": "tpu", "tiles": SMALL}
-    q, k, v = inputs(1, 40, 60, heads=1)
-    lo, hi = random_intervals((1, 40), 60)
-    halves = ((k[:, :20], v[:, :20], 0), (k[:, 20:], v[:, 20:], 20))
+    q, k, v = inputs(1, 200, 60, heads=4, kv_heads=2, width=16, value_width=24)
+    lo, hi = random_intervals((1, 4, 200), 60)
+    hi = hi.at[..., 128:].set(30)  # the second hop computes nothing for the second tile
+    halves = ((k[:, :30], v[:, :30], 0), (k[:, 30:], v[:, 30:], 30))
+    seen = [(jnp.maximum(lo, n) < jnp.minimum(hi, n + 30))[..., :128] for *_, n in halves]
+    assert np.unique(jnp.stack(seen).reshape(2, -1), axis=1).shape == (2, 4)  # both, either, none
     carry = None
     for k_n, v_n, start in halves:
         carry = block_forward(q, k_n, v_n, lo=lo - start, hi=hi - start, carry=carry, **how)
-    want, gradients = pullback_of(functools.partial(definition, causal=False), (0, 1, 2))(
-        (q, k, v, lo, hi), jax.tree.map(jnp.ones_like, carry)
-    )
+    want, pull_back = jax.vjp(lambda *x: definition(*x, lo, hi, causal=False), q, k, v)
     assert_close(carry, want, 2e-6)
     o, lse = carry
-    do, delta = jnp.ones_like(o), jnp.swapaxes(o.sum(-1), 1, 2) - 1
-    dq, dk_v = jnp.ones(q.shape), []
+    do, dlse = cotangent = random_like(want, jax.random.key(1))
+    delta = row_delta(o, lse, do, dlse)
+    gradients = pull_back(cotangent)
+    base = random_like(gradients, jax.random.key(2))
+    dq, dk_v = base[0], []
     for k_n, v_n, start in halves:
-        base = (dq, jnp.zeros(k_n.shape), jnp.ones(v_n.shape))
+        part = slice(start, start + 30)
         dq, *dk_v_n = block_backward(
-            q, k_n, v_n, do, lse, delta, lo=lo - start, hi=hi - start, accumulate=base, **how
-        )
+            q, k_n, v_n, do, lse, delta, lo=lo - start, hi=hi - start,
+            accumulate=(dq, base[1][:, part], base[2][:, part]), **how,
+        )  # fmt: skip
         dk_v.append(dk_v_n)
     dk, dv = (jnp.concatenate(x, 1) for x in zip(*dk_v, strict=True))
-    assert_close((dq - 1, dk, dv - 1), gradients, 4e-6)
+    assert_close((dq, dk, dv), [b + g for b, g in zip(base, gradients, strict=True)], 4e-6)
 
 
 @pytest.mark.parametrize("stationary", ["row", "key"])
@@ -205,6 +210,31 @@ def test_compiles_everywhere(generation, width, dtype, x64):
     with jax.enable_x64(x64):
         compiled = compile_gradient(generation, dtype, width=width, length=2500, soft_cap=9.0)
     check_compiled(compiled, dtype, width, 2500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dtype"), [(128, jnp.bfloat16), (256, jnp.float32)])
+@pytest.mark.parametrize("generation", TPUS)
+def test_carries_fit_the_fast_memory(generation, width, dtype):
+    """Beside the largest default tiles."""
+    place = NamedSharding(tpu_mesh(generation, {"data": 4}), P("data"))
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct((4, *shape), dtype, sharding=place)
+
+    q, lse = of(dtype, 2048, 4, width), of(jnp.float32, 4, 2048)
+    k, o = of(dtype, 2048, 2, width), of(jnp.float32, 2048, 4, width)
+
+    def hop(q, k, v, o, lse, dq):
+        kept = dq, None, None
+        return (
+            block_forward(q, k, v, carry=(o, lse)),
+            block_backward(q, k, v, o, lse, lse, accumulate=kept, out_dtype=jnp.float32),
+        )
+
+    local = jax.shard_map(hop, mesh=place.mesh, in_specs=P("data"), out_specs=P("data"))
+    text = jax.jit(local).lower(q, k, k, o, lse, o).compile().as_text()
+    assert all(f"flash_attention_{kernel}" in text for kernel in ("forward", "dq"))
 
 
 def test_refusals_name_the_reason():
