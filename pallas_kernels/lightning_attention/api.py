@@ -270,7 +270,9 @@ class _Static(NamedTuple):
 
     def call(self, name: str, *args: Any) -> Any:
         """The backend's function `name`, its results varying as its first argument does."""
-        out = _dispatch.call(name, self.backend, BACKENDS, self.spec, *args, tiles=self.tiles)
+        # A Python int must not become int64 inside a kernel: Mosaic refuses it.
+        with jax.enable_x64(self.spec.dtype == jnp.float64):
+            out = _dispatch.call(name, self.backend, BACKENDS, self.spec, *args, tiles=self.tiles)
         return unify_varying(out, varying_axes(args[0]))
 
 

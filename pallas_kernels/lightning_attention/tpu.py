@@ -212,31 +212,30 @@ def _sweep(
     written = [p for p in products if p.x is not None]
     shapes = [(padded[p.y], padded[p.z]) for p in products]
     kept = [s for s, p in zip(shapes, products, strict=True) if p.keep]
-    with jax.enable_x64(False):  # Mosaic has no 64-bit indices
-        outs, finals = pl.pallas_call(
-            functools.partial(_kernel, plan=plan),
-            name=name,
-            grid=(B, H, steps),
-            in_specs=[
-                pl.BlockSpec(memory_space=pltpu.SMEM),
-                [tokens(w) for w in padded],
-                [pl.BlockSpec((1, 1, block), lambda b, h, n: (b, 0, at(n))) for _ in starts],
-                [state(*S.shape[2:]) for S in initial],
-            ],
-            out_specs=[[tokens(padded[p.z]) for p in written], [state(*s) for s in kept]],
-            out_shape=[
-                [out(rows[p.z].shape, rows[p.z].dtype) for p in written],
-                [out((B, H, *s), jnp.float32) for s in kept],
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((chunk, chunk), jnp.float32),
-                [pltpu.VMEM(s, jnp.float32) for s in shapes],
-            ],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")
-            ),
-            cost_estimate=_cost(plan, B, H, padded, inputs[0].dtype.itemsize),
-        )(log_decay.astype(jnp.float32)[None], rows, starts, initial)
+    outs, finals = pl.pallas_call(
+        functools.partial(_kernel, plan=plan),
+        name=name,
+        grid=(B, H, steps),
+        in_specs=[
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            [tokens(w) for w in padded],
+            [pl.BlockSpec((1, 1, block), lambda b, h, n: (b, 0, at(n))) for _ in starts],
+            [state(*S.shape[2:]) for S in initial],
+        ],
+        out_specs=[[tokens(padded[p.z]) for p in written], [state(*s) for s in kept]],
+        out_shape=[
+            [out(rows[p.z].shape, rows[p.z].dtype) for p in written],
+            [out((B, H, *s), jnp.float32) for s in kept],
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((chunk, chunk), jnp.float32),
+            [pltpu.VMEM(s, jnp.float32) for s in shapes],
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=_cost(plan, B, H, padded, inputs[0].dtype.itemsize),
+    )(log_decay.astype(jnp.float32)[None], rows, starts, initial)
     outs = [
         o[:, :T].reshape(B, T, H, -1)[..., : widths[p.z]]
         for o, p in zip(outs, written, strict=True)

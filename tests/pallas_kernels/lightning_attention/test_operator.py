@@ -288,3 +288,17 @@ assert lightning_attention(x, x, x, jnp.zeros(2)).shape == x.shape
 def test_needs_only_jax_numpy_and_jaxtyping():
     done = subprocess.run([sys.executable, "-c", ONLY_JAX], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_the_kernels_of_all_platforms_are_traced_with_64_bit_types_on(dtype):
+    with jax.enable_x64(True):
+        q, k, v, log_decay, _ = Case(70).draw()
+        q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+
+        def gradients(q, k, v):
+            o, pullback = jax.vjp(lambda *x: lightning_attention(*x, log_decay), q, k, v)
+            return o, pullback(o)
+
+        found = jax.eval_shape(gradients, q, k, v)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}

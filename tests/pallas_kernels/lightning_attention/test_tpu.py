@@ -117,9 +117,11 @@ def check_compiled(compiled, dtype, width=128, length=65536):
         assert kernel in text, f"{kernel} is not in the program"
     for absent in ("while(", "all-gather", "all-to-all", "all-reduce"):
         assert absent not in text, f"{absent} is in the program"
-    # One device holds 2 heads. Each of the eight arrays needs at most one relayout.
+    # One device holds 2 heads. Each of the eight arrays needs at most one relayout, and some of
+    # those whose heads must be padded are padded first.
     operand = length * 2 * pl.cdiv(width, 128) * 128 * jnp.dtype(dtype).itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < 8.1 * operand
+    relayouts = 8.1 if width % 128 == 0 else 9.1
+    assert compiled.memory_analysis().temp_size_in_bytes < relayouts * operand
 
 
 @pytest.mark.parametrize("generation", TPUS)
