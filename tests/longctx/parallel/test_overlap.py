@@ -146,7 +146,7 @@ def test_rings_of_few_heads_need_less_memory(chip, devices):
     assert_ring_is_hidden(overlap, devices, local=8192, kv_heads=8)
     assert {move.times for move in overlap.moves} == {8}
     few, many = (x.memory_analysis().temp_size_in_bytes for x in (one_by_one, together))
-    assert few <= 0.4 * many
+    assert few <= (0.4 if chip == "v5e" else 0.35) * many
 
 
 @pytest.mark.slow

@@ -111,16 +111,14 @@ def compile_gradient(generation, dtype, width=128, length=65536, backend="auto",
     return jax.jit(sharded).lower(*args).compile()
 
 
-def check_compiled(compiled, dtype, width=128, length=65536):
+def check_compiled(compiled, dtype, width=128, length=65536, relayouts=8.1):
     text = compiled.as_text()
     for kernel in ("lightning_forward", "lightning_dq", "lightning_dkv", "lightning_dstate"):
         assert kernel in text, f"{kernel} is not in the program"
     for absent in ("while(", "all-gather", "all-to-all", "all-reduce"):
         assert absent not in text, f"{absent} is in the program"
-    # One device holds 2 heads. Each of the eight arrays needs at most one relayout, and some of
-    # those whose heads must be padded are padded first.
+    # One device holds 2 heads. Each of the eight arrays needs at most one relayout.
     operand = length * 2 * pl.cdiv(width, 128) * 128 * jnp.dtype(dtype).itemsize
-    relayouts = 8.1 if width % 128 == 0 else 9.1
     assert compiled.memory_analysis().temp_size_in_bytes < relayouts * operand
 
 
@@ -187,7 +185,9 @@ def test_a_step_reads_and_writes_the_state_once(mesh):
 def test_compiles_everywhere(generation, width, dtype, x64):
     with jax.enable_x64(x64):
         compiled = compile_gradient(generation, dtype, width=width, length=65000)
-    check_compiled(compiled, dtype, width=width, length=65000)
+    # There one array waits, padded, for its relayout.
+    relayouts = 9.1 if (generation, width, dtype) == ("v5p", 96, jnp.float32) else 8.1
+    check_compiled(compiled, dtype, width=width, length=65000, relayouts=relayouts)
 
 
 def test_default_tiles_follow_the_target():
