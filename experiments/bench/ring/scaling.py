@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.bench.ring.programs import PASSES, STRATEGIES, WIDTH, Case
+from experiments.bench.ring.programs import ONE_DEVICE, PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
 from longctx.parallel.cost import cheapest
 from longctx.parallel.cost_terms import Cost
@@ -97,7 +97,8 @@ def beside_measured(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any
         chip, case = hardware_of(row["device"]), case_of(row)
         if chip is None or "ms" not in row or case.part != "full":
             continue
-        cost = predicted(case if case.devices > 1 else case._replace(name="ring"), chip)
+        each = case._replace(name="ring", devices=1)  # of what one device can run, on one or all
+        cost = predicted(each if case.name in ONE_DEVICE else case, chip)
         if cost is not None and case.name != "cudnn":
             seconds = cost.forward_seconds if case.which == PASSES[0] else cost.seconds
             both = {"ms": 1e3 * seconds, "measured_ms": row["ms"], "measured_at": row["commit"]}
