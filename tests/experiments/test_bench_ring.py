@@ -143,9 +143,18 @@ def test_a_traced_step_is_split_into_computing_moving_and_waiting():
     assert row["longest_kernels_ms"] == {"gemm": 5, "sweep": 4}
 
 
+def test_of_several_queued_calls_the_mean_is_taken():
+    calls = [trace.Span(start, start + 2e6, "gemm") for start in (0, 4e6)]
+    row = trace.spent(calls, 2)
+    assert (row["whole_ms"], row["computing_ms"], row["idle_ms"]) == (3, 2, 1)
+    assert (row["kernels"], row["longest_kernels_ms"]) == (1, {"gemm": 2})
+
+
 @pytest.mark.slow
-def test_only_gpus_have_traces(monkeypatch, tmp_path):
-    what = ("--groups", "trace", "--models", "TNL", "--devices", 2, "--per-device", 128, "--smoke")
+@pytest.mark.parametrize("group", ["trace", "timeline"])
+def test_only_gpus_have_traces(monkeypatch, tmp_path, group):
+    what = ("--groups", group, "--models", "TNL", "--devices", 2, "--per-device", 128, "--smoke")
+    what += ("--totals", 256, "--heads", "2:2")
     with pytest.raises(UserError, match="no kernels of GPUs in a trace on cpu"):
         run(monkeypatch, command, *what, "--out", tmp_path)
 

@@ -15,6 +15,7 @@ Groups, the most telling first:
               small devices of them, for methods too (rows say how much memory there was)
   trace       only if named: where the time of the training steps goes, by the profiler: computing,
               moving beside it or alone, or idle
+  timeline    only if named: the same of the programs of `ideal`
 
 The devices are the first 1, 2, 4, 8 that are there. Errors against float64 come last in a group, at
 its shortest length. Each group writes its rows, each at once, to NAME_GROUP.jsonl. `--xla
@@ -55,7 +56,9 @@ GROUPS = {
     "methods": Group(methods.measure, methods.shown),
     "longest": Group(training.measure_longest, training.shown_longest),
     "trace": Group(trace.measure, trace.shown),
+    "timeline": Group(trace.measure_rings, trace.shown),
 }
+PROFILED = ("trace", "timeline")
 
 
 def main() -> int:
@@ -96,10 +99,10 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     there = [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
-    add("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g != "trace"])
+    add("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g not in PROFILED])
     add("--seconds", type=float, default=float("inf"), help="begin no measurement after them")
     add("--devices", type=int, nargs="+", default=there)
-    add("--totals", type=int, nargs="+", help=f"of ideal; {attention.TOTALS}")
+    add("--totals", type=int, nargs="+", help=f"of ideal and timeline; {attention.TOTALS}")
     add("--per-device", type=int, nargs="+", help=f"{attention.PER_DEVICE}, {training.PER_DEVICE}")
     add("--heads", type=heads_pair, nargs="+", help="16:16, of strategies 64:8 too")
     add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)

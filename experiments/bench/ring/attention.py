@@ -81,11 +81,7 @@ def measure(
     A program that does not compile or run has the reason in its row, as `failed`.
     """
     todo = list(dict.fromkeys(todo))
-    lowerings = (functools.partial(case.lower, jax.devices()) for case in todo)
-    with jax.set_mesh(todo[-1].mesh(jax.devices())):
-        xla = training_options() | dict(options.xla)
-    compiled = compile_all(lowerings, REFUSALS, xla)
-    programs = dict(zip(todo, compiled, strict=True))
+    programs, xla = compiled(todo, options)
     times: dict[Case, float] = {}
     for _, beside in itertools.groupby(todo, lambda c: (c.length, c.heads, c.kv_heads, c.which)):
         for case, found in time_in_turn({c: programs[c] for c in beside}, options.batches):
@@ -102,6 +98,16 @@ def measure(
     for case in (c for c in checked if c.which == PASSES[1]):
         found = errors(case, programs[case], *exact(case._replace(name="ours", devices=1)))
         yield {"group": group, **case._asdict(), "xla": xla, "errors": found}
+
+
+def compiled(
+    todo: Sequence[Case], options: argparse.Namespace
+) -> tuple[dict[Case, Any], dict[str, Any]]:
+    """The programs, or what compiling one raised; and the options of XLA."""
+    lowerings = (functools.partial(case.lower, jax.devices()) for case in todo)
+    with jax.set_mesh(todo[-1].mesh(jax.devices())):
+        xla = training_options() | dict(options.xla)
+    return dict(zip(todo, compile_all(lowerings, REFUSALS, xla), strict=True)), xla
 
 
 def time_in_turn(
@@ -203,6 +209,11 @@ def shown(row: dict[str, Any]) -> str:
     said += f" overlap {row['overlap']:.1%}" if "overlap" in row else ""
     said += f" error {max(row['errors'].values()):.1e}" if "errors" in row else ""
     said += f" FAILED {row['failed']}" if "failed" in row else ""
+    return f"{label(row)} {said}"
+
+
+def label(row: dict[str, Any]) -> str:
+    """The program of a row."""
     local = Case(*(row[field] for field in Case._fields)).local
     where = f"{row['devices']} x {local:6} {row['heads']}:{row['kv_heads']}"
-    return f"{where:17} {row['which']:16} {row['name']:10} {row['part']:13} {said}"
+    return f"{where:17} {row['which']:16} {row['name']:10} {row['part']:13}"

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, from the profiler's trace of one warm step on GPUs.
+"""Where the time of training steps and of rings goes, from the profiler's trace on GPUs.
 
 Of each device: how long it computes, how long moves run beside that and alone, and how long it does
 nothing. Beside the same step on one device this tells whether time is lost to moves that are not
@@ -7,11 +7,12 @@ launches kernels one by one while it is traced, which by itself takes longer.
 """
 
 import argparse
+import functools
 import itertools
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-from experiments.bench.ring import training
+from experiments.bench._timing import REFUSALS
+from experiments.bench.ring import attention, training
 from experiments.transnormer.training_speed import random_batch
 from longctx.device.programs import compile_all
 from longctx.errors import UserError
@@ -27,6 +29,7 @@ from longctx.parallel.mesh import make_mesh
 from longctx.train.config import RunConfig
 from longctx.train.step import create_state
 
+CALLS = 4  # of a ring, queued as when it is timed
 # Kernels that move: NCCL's, XLA's own, and copies from one GPU's memory into another's.
 MOVES = re.compile(r"nccl\w*?Kernel_([a-z]+)|(all_?reduce)|(memcpyp2p)", re.IGNORECASE)
 
@@ -49,25 +52,58 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for (name, local, devices), config, step in zip(cases, configs, steps, strict=True):
         about = {"group": "trace", "model": name, "devices": devices, "per_device": local}
         about |= {"chunk": config.model.mlp.chunk, "xla": dict(options.xla)}
-        for device, spans in traced(config, step).items():
+        for device, spans in traced(steps_of(config, step)).items():
             yield about | {"device_number": device, **spent(spans)}
 
 
-def traced(config: RunConfig, step: jax.stages.Compiled) -> dict[int, list[Span]]:
-    """The kernels of one warm step, by number of the device.
+def measure_rings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per device of the programs of `ideal` on several devices."""
+    todo = [case for case in attention.ideal_cases(options) if case.devices > 1]
+    programs, xla = attention.compiled(todo, options)
+    for case, program in programs.items():
+        args = attention.draw(case)
 
-    Raises:
-      UserError: the trace holds no GPU.
-    """
+        if isinstance(program, REFUSALS):
+            raise program
+        for device, spans in traced(functools.partial(queued, program, args)).items():
+            row = {"group": "timeline", **case._asdict(), "xla": xla, "device_number": device}
+            yield row | spent(spans, CALLS)
+
+
+def queued(program: jax.stages.Compiled, args: Sequence[Any]) -> Any:
+    """Results of the last of `CALLS`."""
+    out = None
+    for _ in range(CALLS):
+        out = program(*args)
+    return out
+
+
+def steps_of(config: RunConfig, step: jax.stages.Compiled) -> Callable[[], Any]:
+    """A function of which each call runs the next step."""
     mesh = make_mesh(config.mesh)
     batch = random_batch(config, np.random.default_rng(0), mesh)
     with jax.set_mesh(mesh):
         state = create_state(config, mesh)
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    return run
+
+
+def traced(run: Callable[[], Any]) -> dict[int, list[Span]]:
+    """The kernels of a warm call of `run`, by number of the device.
+
+    Raises:
+      UserError: the trace holds no GPU.
+    """
     for _ in range(2):
-        state, _ = jax.block_until_ready(step(state, batch))
+        jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(step(state, batch))
+            jax.block_until_ready(run())
         (path,) = Path(folder).rglob("*.xplane.pb")
         found = kernels(ProfileData.from_file(str(path)))
     if not found:
@@ -89,8 +125,8 @@ def kernels(profile: ProfileData) -> dict[int, list[Span]]:
     return found
 
 
-def spent(spans: Sequence[Span]) -> dict[str, Any]:
-    """Milliseconds of a device, from its first kernel to its last."""
+def spent(spans: Sequence[Span], calls: int = 1) -> dict[str, Any]:
+    """Milliseconds of a device for one of so many calls, from the first kernel to the last."""
     kinds: dict[str, list[Span]] = {}
     computing = []
     for span in spans:
@@ -105,16 +141,17 @@ def spent(spans: Sequence[Span]) -> dict[str, Any]:
     for span in computing:
         sums[span.name] += span.end - span.start
     longest = sorted(sums.items(), key=lambda item: -item[1])[:20]
+    per = 1e6 * calls
     return {
-        "whole_ms": whole / 1e6,
-        "computing_ms": computes / 1e6,
-        "moving_ms": covered(moving) / 1e6,
-        "moving_alone_ms": (busy - computes) / 1e6,
-        "idle_ms": (whole - busy) / 1e6,
-        "kernels": len(computing),
-        "kernels_ms": sum(sums.values()) / 1e6,
-        "moves": {kind: [len(ran), covered(ran) / 1e6] for kind, ran in sorted(kinds.items())},
-        "longest_kernels_ms": {name: time / 1e6 for name, time in longest},
+        "whole_ms": whole / per,
+        "computing_ms": computes / per,
+        "moving_ms": covered(moving) / per,
+        "moving_alone_ms": (busy - computes) / per,
+        "idle_ms": (whole - busy) / per,
+        "kernels": len(computing) // calls,
+        "kernels_ms": sum(sums.values()) / per,
+        "moves": {k: [len(ran) // calls, covered(ran) / per] for k, ran in sorted(kinds.items())},
+        "longest_kernels_ms": {name: time / per for name, time in longest},
     }
 
 
@@ -130,8 +167,12 @@ def covered(spans: Sequence[Span]) -> float:
 def shown(row: dict[str, Any]) -> str:
     """A row as a line of the printed table."""
     moves = ", ".join(f"{count} {kind} {ms:.1f}" for kind, (count, ms) in row["moves"].items())
+    if row["group"] == "trace":
+        what = f"{row['devices']} x {row['per_device']:6} {row['model']:12}"
+    else:
+        what = attention.label(row)
     return (
-        f"{row['devices']} x {row['per_device']:6} {row['model']:12} GPU {row['device_number']}: "
+        f"{what} GPU {row['device_number']}: "
         f"{row['whole_ms']:.1f} ms = computing {row['computing_ms']:.1f} "
         f"+ moving alone {row['moving_alone_ms']:.1f} + idle {row['idle_ms']:.1f}; "
         f"moving {row['moving_ms']:.1f} ({moves}); "
