@@ -349,8 +349,8 @@ def _launch(
             dimension_semantics=("parallel",) * 3 + ("arbitrary",) * 2,
         ),
         cost_estimate=pl.CostEstimate(
-            # XLA takes kernels to run at the chip's peak. With the 3 and 4 products of dq and of dk
-            # and dv instead of 7 and 5 it makes rings that need up to 28% more memory (v5p).
+            # 2, 7 and 5 products. By the 3 and 4 that dq and dk and dv really take, XLA schedules
+            # rings that need up to 28% more memory (v5p).
             flops=2 * (len(inputs) - len(outputs) + 1) * pairs * spec.key_width,
             transcendentals=pairs,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *results)),
