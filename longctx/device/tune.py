@@ -18,11 +18,10 @@ from longctx.provenance import write_rows
 from pallas_kernels import _tuned
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.flash_attention import tiles as flash
+from pallas_kernels.flash_attention.gpu_common import SMEM_BYTES
 from pallas_kernels.lightning_attention import gpu as lightning_gpu
 from pallas_kernels.lightning_attention import lightning_attention
 from pallas_kernels.lightning_attention import tiles as lightning
-
-SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
 Measure = Callable[[Callable[..., Any], Sequence[jax.Array]], float]  # milliseconds of a call
 
@@ -235,8 +234,7 @@ def forward_tiles(width: int) -> list[dict[str, Any]]:
     return [
         {"forward": flash.KernelTiles(q=q, kv=kv, stages=stages)}
         for (q, registers), kv, stages in sizes
-        if 2 * width * (q + 2 * kv * stages) <= SHARED_MEMORY
-        and width // 2 + 3 * kv // 4 < registers
+        if 2 * width * (q + 2 * kv * stages) <= SMEM_BYTES and width // 2 + 3 * kv // 4 < registers
     ]
 
 
@@ -254,5 +252,5 @@ def row_tiles(width: int) -> list[dict[str, Any]]:
     return [
         {"rows": flash.KernelTiles(q=q, kv=kv, early_stages=early)}
         for q, kv, early in sizes
-        if 2 * width * (2 * q + kv * (2 + early)) <= SHARED_MEMORY
+        if 2 * width * (2 * q + kv * (2 + early)) <= SMEM_BYTES
     ]

@@ -57,7 +57,7 @@ def fwd(
     axes = varying_axes(q, k, v, lo, hi, *(carry or ()))
     visible = _visible(spec, lo, hi, tile, row_bounds)
     if carry is not None:
-        o, lse = carry
+        o, lse = (x.astype(jnp.float32) for x in carry)
         carry = _pad(o, tile.q), _pad(lse, tile.q, axis=2, value=-jnp.inf)
     wide = _table_width(spec)
     # What TMA alone reads and writes needs no whole tiles.

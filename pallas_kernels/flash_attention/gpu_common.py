@@ -16,6 +16,7 @@ from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 LOG2E = math.log2(math.e)
 ROWS = 64  # of the accumulator of one warpgroup
 MEMORY_REGISTERS = 24  # per thread of the warpgroup that loads
+SMEM_BYTES = 227 * 2**10  # of a block
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}  # by the number of compute warpgroups
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)

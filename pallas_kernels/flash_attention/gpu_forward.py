@@ -4,7 +4,8 @@
                 that run side by side stay in L2; heavy query tiles first
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
-    SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA
+    SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
+                a float32 o that comes or goes, if there is room for it
     registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
 
 The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
@@ -28,7 +29,9 @@ from pallas_kernels.flash_attention.gpu_common import (
     MEMORY_REGISTERS,
     PER_ROW,
     ROWS,
+    SMEM_BYTES,
     SWIZZLED,
+    SWIZZLED_FLOAT32,
     WGMMA,
     Visible,
     accumulate,
@@ -66,15 +69,18 @@ def forward(
     width = v.shape[-1]
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
-    through_smem = spec.out_dtype == q.dtype and width == key_width  # o leaves by q's SMEM
+    through_q = spec.out_dtype == q.dtype and width == key_width  # o leaves by q's SMEM
+    size = q.dtype.itemsize * (tiles.q * key_width + stages * tiles.kv * (key_width + width))
+    wide = carry is not None or spec.out_dtype == jnp.float32
+    wide = wide and size + 4 * tiles.q * width <= SMEM_BYTES - 2**11  # and barriers
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
     def kernel(*refs):
         q_gmem, k_gmem, v_gmem, ranges, o_in, lse_in = jax.tree.unflatten(
             structure, refs[: len(arrays)]
         )
-        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), full, empty, spare = refs[len(arrays) :]
-        q_full, k_full, v_full = full
+        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[len(arrays) :]
+        q_full, k_full, v_full, o_full = full
         k_empty, v_empty, turn = empty
         index = lax.axis_index("group") * group + lax.axis_index("head")
         b, h = lax.div(index, heads), lax.rem(index, heads)
@@ -103,7 +109,12 @@ def forward(
                     pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
                     plgpu.copy_gmem_to_smem(gmem.at[*at], ring.at[slot], ready.at[slot])
 
-            lax.fori_loop(0, steps, load, None)
+            load(0, None)
+            if o_full is not None:
+                for w in range(warpgroups):
+                    rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(o_in.at[b, rows, h], o_smem.at[w], o_full.at[w])
+            lax.fori_loop(1, steps, load, None)
             awaited(k_empty, steps, stages)
             awaited(v_empty, steps, stages)
 
@@ -113,6 +124,7 @@ def forward(
             first_row = tile * tiles.q + warpgroup * ROWS
             rows = pl.ds(first_row, ROWS)
             q_own = q_smem.at[warpgroup]
+            o_own: Any = None if o_smem is None else o_smem.at[warpgroup]
             p_spare, o_spare = (None if x is None else x.at[warpgroup] for x in spare)
             scale = exponent_scale(spec)
 
@@ -160,7 +172,11 @@ def forward(
                 p, m, l, shrink = soften(s, m, l, 0, True)
                 p = p.astype(v.dtype)
                 if carry is not None:
-                    o = plgpu.load(o_in.at[b, rows, h], layout=WGMMA, optimized=False)
+                    if o_full is None:
+                        o = plgpu.load(o_in.at[b, rows, h], layout=WGMMA, optimized=False)
+                    else:
+                        plgpu.barrier_wait(o_full.at[warpgroup])
+                        o = plgpu.load(o_own, layout=WGMMA)
                     o_acc[...] = o * per_row(shrink, (ROWS, width))
 
                 def step(masked, i, state):
@@ -203,13 +219,14 @@ def forward(
             o, m, l = accumulators(compute, [(ROWS, width)], [o_spare])
             lse_gmem.at[b, h, rows][...] = m * (1 / LOG2E) + jnp.log(l)
             o = o * per_row(1 / jnp.where(l == 0.0, 1.0, l), (ROWS, width))
-            if through_smem:
-                q_own[...] = o.astype(q.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_own, o_gmem.at[b, rows, h])
-                plgpu.wait_smem_to_gmem(0)
-            else:
+            through = q_own if through_q else o_own if spec.out_dtype == jnp.float32 else None
+            if through is None:
                 o_gmem.at[b, rows, h][...] = o.astype(spec.out_dtype)
+            else:
+                through[...] = o.astype(spec.out_dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(through, o_gmem.at[b, rows, h])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     return plgpu.kernel(
@@ -224,7 +241,13 @@ def forward(
                 operand(stages, tiles.kv, key_width),
                 operand(stages, tiles.kv, width),
             ),
-            tuple(plgpu.Barrier(num_barriers=n) for n in (warpgroups, stages, stages)),
+            smem(warpgroups, ROWS, width, dtype=jnp.float32, transforms=SWIZZLED_FLOAT32)
+            if wide
+            else None,
+            (
+                *(plgpu.Barrier(num_barriers=n) for n in (warpgroups, stages, stages)),
+                plgpu.Barrier(num_barriers=warpgroups) if wide and carry is not None else None,
+            ),
             (
                 plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
                 plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),

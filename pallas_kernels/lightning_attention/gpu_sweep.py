@@ -172,7 +172,7 @@ def sweep(
                         for place, tile in zip(places(p), state, strict=True):
                             finals[with_final.index(p)][batch, head, *place] = tile
 
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             @pl.when(worker == workers)
             def _():

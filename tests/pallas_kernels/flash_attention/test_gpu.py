@@ -41,10 +41,12 @@ BY_ROLE = dataclasses.replace(
 )
 
 
-def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, deterministic=not ON_GPU, **mask):
+def check_passes(
+    args, lo=None, hi=None, *, tiles, blocks=False, last=False, deterministic=not ON_GPU, **mask
+):
     """Both passes against the definition; with `blocks` they continue and add to float32.
 
-    The interpreter has the deterministic kernels only.
+    With `last` the forward continues and ends. The interpreter has the deterministic kernels only.
     """
     q, k, v = args
     options = {"causal": True, "window": None, "q_offset": 0, "scale": None, "soft_cap": None}
@@ -53,10 +55,11 @@ def check_passes(args, lo=None, hi=None, *, tiles, blocks=False, deterministic=n
     keys = iter(jax.random.split(jax.random.key(7), 8))
     do = jax.random.normal(next(keys), (*q.shape[:3], v.shape[3])).astype(q.dtype)
     carry, sums = None, (None, None, None)
-    if blocks:
-        spec = wide
+    if blocks or last:
         lse = jax.random.normal(next(keys), (q.shape[0], q.shape[2], q.shape[1]))
         carry = jax.random.normal(next(keys), do.shape), lse
+    if blocks:
+        spec = wide
         sums = tuple(jax.random.normal(next(keys), x.shape) for x in args)
     run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
 
@@ -120,6 +123,11 @@ def test_interpreted_intervals_continuing_and_adding(capfd, tiles, of):
     args = half(1, 130, 190, heads=2, kv_heads=1)
     lo, hi = random_intervals((1, of, 130), 190)
     check_passes(args, lo, hi, tiles=tiles, deterministic=True, blocks=True, causal=False)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_interpreted_last_block_of_a_chain(capfd):
+    check_passes(half(1, 130, 190, heads=1), tiles=TOGETHER, last=True, causal=False)
     assert "RACE" not in capfd.readouterr().out
 
 
