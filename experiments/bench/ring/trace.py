@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.profiler import ProfileData
 
-from experiments.bench._timing import REFUSALS
+from experiments.bench._timing import REFUSALS, timed_batch
 from experiments.bench.ring import attention, training
 from experiments.transnormer.training_speed import random_batch
 from longctx.device.programs import compile_all
@@ -57,17 +57,16 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def measure_rings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row per device of the programs of `ideal` on several devices."""
+    """A row per device of the programs of `ideal` on several devices; `ms` is without profiler."""
     todo = [case for case in attention.ideal_cases(options) if case.devices > 1]
     programs, xla = attention.compiled(todo, options)
     for case, program in programs.items():
-        args = attention.draw(case)
-
         if isinstance(program, REFUSALS):
             raise program
+        args, about = attention.draw(case), {"group": "timeline", **case._asdict(), "xla": xla}
+        about["ms"] = timed_batch(program, *args, batch_ms=attention.BATCH_MS)()
         for device, spans in traced(functools.partial(queued, program, args)).items():
-            row = {"group": "timeline", **case._asdict(), "xla": xla, "device_number": device}
-            yield row | spent(spans, CALLS)
+            yield about | {"device_number": device, **spent(spans, CALLS)}
 
 
 def queued(program: jax.stages.Compiled, args: Sequence[Any]) -> Any:
@@ -170,7 +169,7 @@ def shown(row: dict[str, Any]) -> str:
     if row["group"] == "trace":
         what = f"{row['devices']} x {row['per_device']:6} {row['model']:12}"
     else:
-        what = attention.label(row)
+        what = f"{attention.label(row)} {row['ms']:9.3f} ms;"
     return (
         f"{what} GPU {row['device_number']}: "
         f"{row['whole_ms']:.1f} ms = computing {row['computing_ms']:.1f} "
