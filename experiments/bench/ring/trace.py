@@ -87,7 +87,7 @@ def steps_of(config: RunConfig, step: jax.stages.Compiled) -> Callable[[], Any]:
     def run() -> Any:
         nonlocal state
         state, metrics = step(state, batch)
-        return metrics
+        return state, metrics
 
     return run
 
