@@ -148,6 +148,11 @@ def test_of_several_queued_calls_the_mean_is_taken():
     row = trace.spent(calls, 2)
     assert (row["whole_ms"], row["computing_ms"], row["idle_ms"]) == (3, 2, 1)
     assert (row["kernels"], row["longest_kernels_ms"]) == (1, {"gemm": 2})
+    case = Case(256, 2, 2, "forward", "ring", 2)
+    shown = trace.shown(
+        {"group": "timeline", **case._asdict(), "ms": 2.5, "device_number": 1} | row
+    )
+    assert "2 x    128 2:2" in shown and "GPU 1: 3.0 ms = computing 2.0" in shown
 
 
 @pytest.mark.slow
