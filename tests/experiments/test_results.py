@@ -58,7 +58,7 @@ def test_training_over_devices_is_compared_with_one_device_of_equal_work():
 
 def test_the_longest_over_devices_is_compared_with_one_device():
     row = {"model": "TNL", "devices": 2, "of_first": 0.9}
-    row |= {"per_device": 90, "length": 180, "memory_bytes": 8e10, "ran": True}
+    row |= {"per_device": 90, "length": 180, "memory_bytes": 8e10}
     (longest,) = lines.ring_longest([row])
     assert (longest.theirs, longest.ours, longest.ratio) == ("100 tokens", "180 tokens", 1.8)
 

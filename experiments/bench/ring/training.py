@@ -182,7 +182,7 @@ class Search:
     def row(self) -> dict[str, Any]:
         """What was found, beside what had been predicted."""
         assert self.longest is not None
-        found = {"per_device": self.longest, "length": self.longest * self.devices, "ran": True}
+        found = {"per_device": self.longest, "length": self.longest * self.devices}
         needed = {str(n): self.needed[n] for n in sorted(self.needed, reverse=True)}
         return self.predicted | {"model": self.name, **found, "needed": needed}
 
