@@ -97,9 +97,13 @@ def forward(
         @pl.when(warpgroup == warpgroups)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            for w in range(warpgroups):
-                rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[w], q_full.at[w])
+
+            def load_rows(gmem, own, ready):
+                for w in range(warpgroups):
+                    rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(gmem.at[b, rows, h], own.at[w], ready.at[w])
+
+            load_rows(q_gmem, q_smem, q_full)
             rings = ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty))
 
             def load(step, _):
@@ -111,9 +115,7 @@ def forward(
 
             load(0, None)
             if o_full is not None:
-                for w in range(warpgroups):
-                    rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(o_in.at[b, rows, h], o_smem.at[w], o_full.at[w])
+                load_rows(o_in, o_smem, o_full)
             lax.fori_loop(1, steps, load, None)
             awaited(k_empty, steps, stages)
             awaited(v_empty, steps, stages)

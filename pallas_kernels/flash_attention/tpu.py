@@ -350,7 +350,7 @@ def _launch(
         ),
         cost_estimate=pl.CostEstimate(
             # 2, 7 and 5 products. By the 3 and 4 that dq and dk and dv really take, XLA schedules
-            # rings that need up to 28% more memory (v5p).
+            # rings that need more memory.
             flops=2 * (len(inputs) - len(outputs) + 1) * pairs * spec.key_width,
             transcendentals=pairs,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *results)),

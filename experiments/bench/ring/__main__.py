@@ -19,7 +19,7 @@ Groups, the most telling first:
 
 The devices are the first 1, 2, 4, 8 that are there. Errors against float64 come last in a group, at
 its shortest length. Each group writes its rows, each at once, to NAME_GROUP.jsonl. `--xla
-NAME=VALUE` compiles what ideal, strategies, training and trace run with an XLA option, such as
+NAME=VALUE` compiles all but methods and longest with an XLA option, such as
 xla_gpu_use_memcpy_local_p2p=true. Without the devices: `python -m experiments.bench.ring.schedule`,
 `python -m experiments.bench.ring.scaling`.
 """
