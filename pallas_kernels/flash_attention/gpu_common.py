@@ -17,6 +17,7 @@ LOG2E = math.log2(math.e)
 ROWS = 64  # of the accumulator of one warpgroup
 MEMORY_REGISTERS = 24  # per thread of the warpgroup that loads
 SMEM_BYTES = 227 * 2**10  # of a block
+SMS = 132  # of an H100 SXM
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}  # by the number of compute warpgroups
 WGMMA = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)

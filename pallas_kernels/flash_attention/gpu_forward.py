@@ -1,17 +1,18 @@
-"""The forward pass on Hopper: a block owns `64 n` query rows, n compute warpgroups, one for TMA.
+"""The forward pass on Hopper: n compute warpgroups, of 64 query rows each, and one for TMA.
 
-    grid        (head groups, query tiles, heads of a group): the keys and values of the heads
-                that run side by side stay in L2; heavy query tiles first
+    grid        (head groups, runs of query tiles, heads of a group): the keys and values of the
+                heads that run side by side stay in L2; heavy query tiles first
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
-                a float32 o that comes or goes, if there is room for it
+                in runs: the o of the tile before, on its way out
     registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
 
 The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
 Within a warpgroup the scores of a tile are multiplied together with `p v` of the tile before.
 Key tiles run from last to first: the masked ones at the diagonal start, those that need no
-mask follow in a loop of their own.
+mask follow in a loop of their own. In a run of query tiles the next one is loaded while the one
+before is finished.
 """
 
 import functools
@@ -30,8 +31,8 @@ from pallas_kernels.flash_attention.gpu_common import (
     PER_ROW,
     ROWS,
     SMEM_BYTES,
+    SMS,
     SWIZZLED,
-    SWIZZLED_FLOAT32,
     WGMMA,
     Visible,
     accumulate,
@@ -69,10 +70,13 @@ def forward(
     width = v.shape[-1]
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
-    through_q = spec.out_dtype == q.dtype and width == key_width  # o leaves by q's SMEM
-    size = q.dtype.itemsize * (tiles.q * key_width + stages * tiles.kv * (key_width + width))
-    wide = carry is not None or spec.out_dtype == jnp.float32
-    wide = wide and size + 4 * tiles.q * width <= SMEM_BYTES - 2**11  # and barriers
+    by_tma = spec.out_dtype == q.dtype and width == key_width  # what is wider leaves as fast
+    # Where query tiles are few, or all take as long, runs of them would end later than they save.
+    uneven = visible is not None or spec.causal or spec.window is not None
+    size = tiles.q * (key_width + width) + stages * tiles.kv * (key_width + width)
+    room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
+    in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
+    run = tiles.run if in_runs else 1
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
     def kernel(*refs):
@@ -80,53 +84,73 @@ def forward(
             structure, refs[: len(arrays)]
         )
         o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[len(arrays) :]
-        q_full, k_full, v_full, o_full = full
-        k_empty, v_empty, turn = empty
+        q_full, k_full, v_full = full
+        q_empty, k_empty, v_empty, turn = empty
         index = lax.axis_index("group") * group + lax.axis_index("head")
         b, h = lax.div(index, heads), lax.rem(index, heads)
-        tile = count - 1 - lax.axis_index("tile")
+        newest = count - 1 - lax.axis_index("run") * run
         warpgroup = lax.axis_index("warpgroup")
-        start, full_start, full_stop, stop = tile_bounds(
-            ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
-        )
-        # A tile without keys runs one step that is masked whole, and so writes its zeros.
-        start = jnp.minimum(start, pl.cdiv(k_gmem.shape[1], tiles.kv) - 1)
-        stop = jnp.maximum(stop, start + 1)
-        steps = stop - start
+
+        def walk(visit):
+            """visit(n, query tile, its bounds, key tiles before) for each of the block's."""
+
+            def one(n, before):
+                tile = newest - n
+                start, full_start, full_stop, stop = tile_bounds(
+                    ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
+                )
+                # A tile without keys runs one step that is masked whole, and so writes its zeros.
+                start = jnp.minimum(start, pl.cdiv(k_gmem.shape[1], tiles.kv) - 1)
+                stop = jnp.maximum(stop, start + 1)
+                visit(n, tile, (start, full_start, full_stop, stop), before)
+                return before + stop - start
+
+            if run == 1:
+                return one(0, 0)
+            return lax.fori_loop(0, jnp.minimum(run, newest + 1), one, jnp.int32(0))
 
         @pl.when(warpgroup == warpgroups)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
-            def load_rows(gmem, own, ready):
-                for w in range(warpgroups):
-                    rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
-                    plgpu.copy_gmem_to_smem(gmem.at[b, rows, h], own.at[w], ready.at[w])
+            rings = (k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)
 
-            load_rows(q_gmem, q_smem, q_full)
-            rings = ((k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty))
+            def load(n, tile, bounds, before):
+                start, _, _, stop = bounds
 
-            def load(step, _):
-                slot = lax.rem(step, stages)
-                at = b, pl.ds((stop - 1 - step) * tiles.kv, tiles.kv), lax.div(h, spec.group)
-                for gmem, ring, ready, free in rings:
-                    pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                def load_keys(step, gmem, ring, ready, free):
+                    slot = lax.rem(before + step, stages)
+                    at = b, pl.ds((stop - 1 - step) * tiles.kv, tiles.kv), lax.div(h, spec.group)
+                    wait = functools.partial(plgpu.barrier_wait, free.at[slot])
+                    pl.when(before + step >= stages)(wait)
                     plgpu.copy_gmem_to_smem(gmem.at[*at], ring.at[slot], ready.at[slot])
 
-            load(0, None)
-            if o_full is not None:
-                load_rows(o_in, o_smem, o_full)
-            lax.fori_loop(1, steps, load, None)
+                # In the order in which the query tile before has done with the SMEM.
+                load_keys(0, *rings[0])
+                for w in range(warpgroups):
+                    if run > 1:
+                        pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_empty.at[w]))
+                    rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
+                    plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[w], q_full.at[w])
+                load_keys(0, *rings[1])
+
+                def both(step, _):
+                    for ring in rings:
+                        load_keys(step, *ring)
+
+                lax.fori_loop(1, stop - start, both, None)
+
+            steps = walk(load)
             awaited(k_empty, steps, stages)
             awaited(v_empty, steps, stages)
+            for w in range(warpgroups if run > 1 else 0):
+                plgpu.barrier_wait(q_empty.at[w])
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
-            first_row = tile * tiles.q + warpgroup * ROWS
-            rows = pl.ds(first_row, ROWS)
             q_own = q_smem.at[warpgroup]
-            o_own: Any = None if o_smem is None else o_smem.at[warpgroup]
+            through = q_own if o_smem is None else o_smem.at[warpgroup]
             p_spare, o_spare = (None if x is None else x.at[warpgroup] for x in spare)
             scale = exponent_scale(spec)
 
@@ -141,96 +165,108 @@ def forward(
             def multiply_scores(s_acc, slot):
                 plgpu.wgmma(s_acc, q_own, k_smem.at[slot].transpose((1, 0)))
 
-            def soften(s, m, l, step, masked):
-                """p = 2^(scale s - m), the new maximum m and sum l, and what o shrinks by."""
-                s = capped(s, spec)
-                if masked:
-                    key = (stop - 1 - step) * tiles.kv
-                    s = jnp.where(seen(spec, ranges, b, h, shape, 0, first_row, key), s, -jnp.inf)
-                new_m = jnp.maximum(m, s.max(axis=1) * scale)
-                anchor = jnp.where(new_m == -jnp.inf, 0.0, new_m) if masked else new_m
-                shrink = jnp.exp2(m - anchor)
-                p = jnp.exp2(s * scale - per_row(anchor, shape))
-                return p, new_m, l * shrink + p.sum(axis=1), shrink
+            def attend(n, tile, bounds, before):
+                start, full_start, full_stop, stop = bounds
+                steps = stop - start
+                first_row = tile * tiles.q + warpgroup * ROWS
+                rows = pl.ds(first_row, ROWS)
 
-            def compute(o_acc):
-                if carry is None:
-                    m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW)
-                    l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
-                else:
-                    m = plgpu.load(lse_in.at[b, h, rows], layout=PER_ROW, optimized=False) * LOG2E
-                    l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+                def soften(s, m, l, step, masked):
+                    """p = 2^(scale s - m), the new maximum m and sum l, and what o shrinks by."""
+                    s = capped(s, spec)
+                    if masked:
+                        key = (stop - 1 - step) * tiles.kv
+                        mask = seen(spec, ranges, b, h, shape, 0, first_row, key)
+                        s = jnp.where(mask, s, -jnp.inf)
+                    new_m = jnp.maximum(m, s.max(axis=1) * scale)
+                    anchor = jnp.where(new_m == -jnp.inf, 0.0, new_m) if masked else new_m
+                    shrink = jnp.exp2(m - anchor)
+                    p = jnp.exp2(s * scale - per_row(anchor, shape))
+                    return p, new_m, l * shrink + p.sum(axis=1), shrink
 
-                def first(s_acc):
-                    multiply_scores(s_acc, 0)
-                    pass_turn()
-                    return s_acc[...]
-
-                plgpu.barrier_wait(q_full.at[warpgroup])
-                plgpu.barrier_wait(k_full.at[0])
-                pl.when(warpgroup > 0)(take_turn)
-                s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
-                plgpu.barrier_arrive(k_empty.at[0])
-                p, m, l, shrink = soften(s, m, l, 0, True)
-                p = p.astype(v.dtype)
-                if carry is not None:
-                    if o_full is None:
-                        o = plgpu.load(o_in.at[b, rows, h], layout=WGMMA, optimized=False)
+                def compute(o_acc):
+                    if carry is None:
+                        m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW)
+                        l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
                     else:
-                        plgpu.barrier_wait(o_full.at[warpgroup])
-                        o = plgpu.load(o_own, layout=WGMMA)
-                    o_acc[...] = o * per_row(shrink, (ROWS, width))
+                        m = plgpu.load(lse_in.at[b, h, rows], layout=PER_ROW, optimized=False)
+                        m *= LOG2E
+                        l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+                        o_acc[...] = plgpu.load(o_in.at[b, rows, h], layout=WGMMA, optimized=False)
 
-                def step(masked, i, state):
-                    p, m, l = state
-                    slot, before = lax.rem(i, stages), lax.rem(i - 1, stages)
+                    slot = lax.rem(before, stages)
 
-                    def multiply(s_acc):
+                    def first(s_acc):
                         multiply_scores(s_acc, slot)
-                        plgpu.barrier_wait(v_full.at[before])
-                        accumulate(o_acc, p, v_smem.at[before], p_spare)
                         pass_turn()
-                        return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        return s_acc[...]
 
+                    plgpu.barrier_wait(q_full.at[warpgroup])
                     plgpu.barrier_wait(k_full.at[slot])
-                    take_turn()
-                    s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                    pl.when((warpgroup > 0) | (n > 0))(take_turn)
+                    s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(k_empty.at[slot])
-                    new_p, m, l, shrink = soften(s, m, l, i, masked)
+                    p, m, l, shrink = soften(s, m, l, 0, True)
+                    p = p.astype(v.dtype)
+                    if carry is not None:
+                        o_acc[...] = o_acc[...] * per_row(shrink, (ROWS, width))
+
+                    def step(masked, i, state):
+                        p, m, l = state
+                        slot, last = (lax.rem(before + x, stages) for x in (i, i - 1))
+
+                        def multiply(s_acc):
+                            multiply_scores(s_acc, slot)
+                            plgpu.barrier_wait(v_full.at[last])
+                            accumulate(o_acc, p, v_smem.at[last], p_spare)
+                            pass_turn()
+                            return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+
+                        plgpu.barrier_wait(k_full.at[slot])
+                        take_turn()
+                        s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+                        plgpu.barrier_arrive(k_empty.at[slot])
+                        new_p, m, l, shrink = soften(s, m, l, i, masked)
+                        o = o_acc[...]
+                        plgpu.barrier_arrive(v_empty.at[last])
+                        o_acc[...] = o * per_row(shrink, (ROWS, width))
+                        # Only now: the registers of the old p were in use by its product.
+                        return new_p.astype(v.dtype), m, l
+
+                    masked_to = jnp.maximum(stop - full_stop, 1)
+                    full_to = jnp.maximum(stop - full_start, masked_to)
+                    state = lax.fori_loop(1, masked_to, functools.partial(step, True), (p, m, l))
+                    state = lax.fori_loop(masked_to, full_to, functools.partial(step, False), state)
+                    if visible is not None or spec.window is not None:
+                        state = lax.fori_loop(full_to, steps, functools.partial(step, True), state)
+                    p, m, l = state
+                    if run > 1:
+                        plgpu.barrier_arrive(q_empty.at[warpgroup])
+                    last = lax.rem(before + steps - 1, stages)
+                    plgpu.barrier_wait(v_full.at[last])
+                    accumulate(o_acc, p, v_smem.at[last], p_spare)
                     o = o_acc[...]
-                    plgpu.barrier_arrive(v_empty.at[before])
-                    o_acc[...] = o * per_row(shrink, (ROWS, width))
-                    # Only now: the registers of the old p were in use by its product.
-                    return new_p.astype(v.dtype), m, l
+                    plgpu.barrier_arrive(v_empty.at[last])
+                    return o, m, l
 
-                masked_to = jnp.maximum(stop - full_stop, 1)
-                full_to = jnp.maximum(stop - full_start, masked_to)
-                state = lax.fori_loop(1, masked_to, functools.partial(step, True), (p, m, l))
-                state = lax.fori_loop(masked_to, full_to, functools.partial(step, False), state)
-                if visible is not None or spec.window is not None:
-                    state = lax.fori_loop(full_to, steps, functools.partial(step, True), state)
-                p, m, l = state
-                last = lax.rem(steps - 1, stages)
-                plgpu.barrier_wait(v_full.at[last])
-                accumulate(o_acc, p, v_smem.at[last], p_spare)
-                pl.when(warpgroup == 0)(take_turn)
-                o = o_acc[...]
-                plgpu.barrier_arrive(v_empty.at[last])
-                return o, m, l
-
-            o, m, l = accumulators(compute, [(ROWS, width)], [o_spare])
-            lse_gmem.at[b, h, rows][...] = m * (1 / LOG2E) + jnp.log(l)
-            o = o * per_row(1 / jnp.where(l == 0.0, 1.0, l), (ROWS, width))
-            through = q_own if through_q else o_own if spec.out_dtype == jnp.float32 else None
-            if through is None:
-                o_gmem.at[b, rows, h][...] = o.astype(spec.out_dtype)
-            else:
+                o, m, l = accumulators(compute, [(ROWS, width)], [o_spare])
+                lse_gmem.at[b, h, rows][...] = m * (1 / LOG2E) + jnp.log(l)
+                o = o * per_row(1 / jnp.where(l == 0.0, 1.0, l), (ROWS, width))
+                if not by_tma:
+                    o_gmem.at[b, rows, h][...] = o.astype(spec.out_dtype)
+                    return
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 through[...] = o.astype(spec.out_dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(through, o_gmem.at[b, rows, h])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            walk(attend)
+            pl.when(warpgroup == 0)(take_turn)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
+    one_each = functools.partial(plgpu.Barrier, num_barriers=warpgroups)
+    ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -243,17 +279,13 @@ def forward(
                 operand(stages, tiles.kv, key_width),
                 operand(stages, tiles.kv, width),
             ),
-            smem(warpgroups, ROWS, width, dtype=jnp.float32, transforms=SWIZZLED_FLOAT32)
-            if wide
-            else None,
+            None if run == 1 else operand(warpgroups, ROWS, width),
+            (one_each(), ring(), ring()),
             (
-                *(plgpu.Barrier(num_barriers=n) for n in (warpgroups, stages, stages)),
-                plgpu.Barrier(num_barriers=warpgroups) if wide and carry is not None else None,
-            ),
-            (
-                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-                plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-                plgpu.Barrier(num_barriers=warpgroups),
+                one_each(),
+                ring(num_arrivals=warpgroups),
+                ring(num_arrivals=warpgroups),
+                one_each(),
             ),
             (None, None)
             if interpret is None
@@ -262,8 +294,8 @@ def forward(
                 smem(warpgroups, ROWS, width, dtype=jnp.float32),
             ),
         ),
-        grid=(batch * heads // group, count, group),
-        grid_names=("group", "tile", "head"),
+        grid=(batch * heads // group, pl.cdiv(count, run), group),
+        grid_names=("group", "run", "head"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels._pallas import plgpu
-from pallas_kernels.flash_attention import flash_attention, gpu, reference
+from pallas_kernels.flash_attention import flash_attention, gpu, gpu_forward, reference
 from pallas_kernels.flash_attention.api import make_spec
 from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, gpu_tiles
 from tests.harness import assert_close, check_op
@@ -128,6 +128,18 @@ def test_interpreted_intervals_continuing_and_adding(capfd, tiles, of):
 
 def test_interpreted_last_block_of_a_chain(capfd):
     check_passes(half(1, 130, 190, heads=1), tiles=TOGETHER, last=True, causal=False)
+    assert "RACE" not in capfd.readouterr().out
+
+
+def test_runs_of_query_tiles(capfd, monkeypatch):
+    """Three tiles in blocks of two, one of which ends early."""
+    monkeypatch.setattr(gpu_forward, "SMS", 0)
+    q, k, v = half(1, 300, 300, heads=2, kv_heads=1)
+    spec = make_spec(q, k, v, None)
+    tiles = dataclasses.replace(TOGETHER, forward=KernelTiles(q=128, kv=64, run=2))
+    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    found = gpu.fwd(q, k, v, None, None, None, spec=spec, tiles=tiles, **run)
+    assert_close(found, reference.fwd(q, k, v, None, None, None, spec=spec), TOLERANCE[q.dtype][0])
     assert "RACE" not in capfd.readouterr().out
 
 
