@@ -70,7 +70,7 @@ def forward(
     width = v.shape[-1]
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
-    by_tma = spec.out_dtype == q.dtype and width == key_width  # what is wider leaves as fast
+    by_tma = spec.out_dtype == q.dtype and width == key_width  # float32 leaves as fast without
     # Where query tiles are few, or all take as long, runs of them would end later than they save.
     uneven = visible is not None or spec.causal or spec.window is not None
     size = tiles.q * (key_width + width) + stages * tiles.kv * (key_width + width)
@@ -88,14 +88,14 @@ def forward(
         q_empty, k_empty, v_empty, turn = empty
         index = lax.axis_index("group") * group + lax.axis_index("head")
         b, h = lax.div(index, heads), lax.rem(index, heads)
-        newest = count - 1 - lax.axis_index("run") * run
+        latest = count - 1 - lax.axis_index("run") * run
         warpgroup = lax.axis_index("warpgroup")
 
         def walk(visit):
             """visit(n, query tile, its bounds, key tiles before) for each of the block's."""
 
             def one(n, before):
-                tile = newest - n
+                tile = latest - n
                 start, full_start, full_stop, stop = tile_bounds(
                     ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
                 )
@@ -107,12 +107,11 @@ def forward(
 
             if run == 1:
                 return one(0, 0)
-            return lax.fori_loop(0, jnp.minimum(run, newest + 1), one, jnp.int32(0))
+            return lax.fori_loop(0, jnp.minimum(run, latest + 1), one, jnp.int32(0))
 
         @pl.when(warpgroup == warpgroups)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-
             rings = (k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)
 
             def load(n, tile, bounds, before):
