@@ -45,6 +45,7 @@ def context_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     head_groups: int = 1,
+    kernels_send: bool = False,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -79,6 +80,10 @@ def context_attention(
       scale, soft_cap, deterministic, backend: as in `flash_attention`.
       head_groups: rings that run one after another, each over an equal part of the heads. Their
         buffers take so much less memory, but kernels are shorter; needs "ring" or "usp".
+      kernels_send: whether a ring's kernels move what travels, on Hopper GPUs of one process
+        whose mesh has its devices in order; elsewhere, and in the backward of heads wider than
+        128, XLA moves it after each block, unhidden. Experimental: compiled and interpreted, but
+        not yet run on GPUs.
       return_lse: whether to return (o, lse), lse float32 in natural log.
       axis: mesh axis along the sequence; None: it is not sharded.
       batch_axes: mesh axes along the batch, for global arrays.
@@ -152,6 +157,7 @@ def context_attention(
         scale=scale,
         soft_cap=soft_cap,
         head_groups=head_groups,
+        kernels_send=kernels_send,
         deterministic=deterministic,
         backend=backend,
     )

@@ -8,9 +8,13 @@ A block owns `64 n` keys of one key/value head:
 
 With dq, the warpgroups show each other their ds; in the next step each multiplies `dq = ds k` for
 its part of the rows or columns and TMA adds it to float32 dq in GMEM, in no certain order.
+
+In a ring a block writes dk and dv to the next device, and hands on its keys and values if they
+travel further.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -41,7 +45,8 @@ from pallas_kernels.flash_attention.gpu_common import (
     walk_rows,
     write_gradient,
 )
-from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
+from pallas_kernels.flash_attention.gpu_send import Next
+from pallas_kernels.flash_attention.tiles import KernelTiles, Ring, Spec
 
 
 def backward_keys(
@@ -57,13 +62,16 @@ def backward_keys(
     *,
     spec: Spec,
     tiles: KernelTiles,
+    ring: Ring | None = None,
+    keys_travel: bool = False,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
     """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
     lse is in base 2, less that of `probability_scale`, and inf for rows that see nothing. dq: None
     or a float32 ref `[B, T, H, D]`, to which the gradient of q is added. One array `[2, B, S, K,
-    D]` if `key_gradients` says so.
+    D]` if `key_gradients` says so. With `ring` dk and dv are those of the device before, of
+    `spec.out_dtype`; then come its k and v, if `keys_travel`.
     """
     batch, length, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -79,7 +87,12 @@ def backward_keys(
             " and dq is reduced"
         )
     shape = (ROWS, tiles.q)
-    through_smem = not sums and spec.out_dtype == v.dtype and width == value_width
+    through_smem = not sums and not ring and spec.out_dtype == v.dtype and width == value_width
+    gradients = key_gradients(k, v, sums, spec)
+    if ring:
+        gradients = tuple(jax.ShapeDtypeStruct(x.shape, spec.out_dtype) for x in (k, v))
+    arriving = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)) if keys_travel else ()
+    grid = batch * kv_heads // heads_per_group, kv_length // tiles.kv, heads_per_group
     arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, minus_delta, dq, sums))
 
     def kernel(*refs):
@@ -89,6 +102,7 @@ def backward_keys(
         *written, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
             len(arrays) :
         ]
+        written, to_arrive = written[: len(gradients)], written[len(gradients) :]
         k_smem, v_smem = own_smem
         q_smem, lse_smem, minus_delta_smem, do_smem = rings
         kv_full, q_full, do_full = full
@@ -99,6 +113,9 @@ def backward_keys(
         warpgroup = lax.axis_index("warpgroup")
 
         walk = functools.partial(walk_rows, spec, tiles, ranges, b, kv_head, tile)
+        if ring:
+            neighbour = Next(ring)
+            written = [neighbour.place_of(x) for x in written]
 
         @pl.when(warpgroup == warpgroups)
         def _load():
@@ -121,9 +138,25 @@ def backward_keys(
                 plgpu.copy_gmem_to_smem(do_gmem.at[b, rows, h], do_smem.at[slot], ready)
                 return state
 
+            for w in range(warpgroups if keys_travel else 0):
+                plgpu.barrier_wait(kv_full.at[w])
+                at = b, pl.ds(tile * tiles.kv + w * ROWS, ROWS), kv_head
+                for own, target in zip((k_smem, v_smem), to_arrive, strict=True):
+                    there = neighbour.place_of(target).at[*at]
+                    plgpu.copy_smem_to_gmem(own.at[w], there)
             steps, _ = walk(load, None)
             awaited(q_empty, steps, stages)
             awaited(do_empty, steps, stages)
+            if keys_travel:
+                plgpu.wait_smem_to_gmem(0)
+                neighbour.tell()
+            if ring:
+                place = [lax.axis_index(name) for name in ("group", "tile", "head")]
+                last = functools.reduce(
+                    jnp.logical_and, [x == n - 1 for x, n in zip(place, grid, strict=True)]
+                )
+                told = math.prod(grid) * (warpgroups + keys_travel)
+                pl.when(last)(lambda: neighbour.wait(told))
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
@@ -236,12 +269,14 @@ def backward_keys(
             for name, value in (("dk", dk * rest), ("dv", dv / probability_scale(spec))):
                 write_gradient(written, value, sums_gmem, name, at, through)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if ring:
+                neighbour.tell()
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
     return plgpu.kernel(
         kernel,
-        out_type=key_gradients(k, v, sums, spec),
+        out_type=(*gradients, *arriving),
         scratch_types=(
             (operand(warpgroups, ROWS, width), operand(warpgroups, ROWS, value_width)),
             (
@@ -267,7 +302,7 @@ def backward_keys(
                 numbers(warpgroups, ROWS, value_width),
             ),
         ),
-        grid=(batch * kv_heads // heads_per_group, kv_length // tiles.kv, heads_per_group),
+        grid=grid,
         grid_names=("group", "tile", "head"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",

@@ -1,7 +1,8 @@
 """The forward pass on Hopper: n compute warpgroups, of 64 query rows each, and one for TMA.
 
     grid        (head groups, runs of query tiles, heads of a group): the keys and values of the
-                heads that run side by side stay in L2; heavy query tiles first
+                heads that run side by side stay in L2; heavy query tiles first. In a ring a few
+                blocks come before them, which hand on the keys and values
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
@@ -46,7 +47,8 @@ from pallas_kernels.flash_attention.gpu_common import (
     smem,
     tile_bounds,
 )
-from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
+from pallas_kernels.flash_attention.gpu_send import SENDERS, Next, send_tiles
+from pallas_kernels.flash_attention.tiles import KernelTiles, Ring, Spec
 
 
 def forward(
@@ -58,9 +60,12 @@ def forward(
     *,
     spec: Spec,
     tiles: KernelTiles,
+    ring: Ring | None = None,
     interpret: Any = None,
-) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+) -> tuple[Array, ...]:
     """o `[B, T, H, E]` and lse `[B, H, whole tiles]`; spec has the true lengths.
+
+    With `ring` also the k and v of the device before.
 
     D and E are multiples of 64, S one of 8 that holds a tile. T is whole tiles where there is a
     carry, or o has another dtype or width than q; else a multiple of 8 that holds 64 rows.
@@ -77,18 +82,24 @@ def forward(
     room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
     in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
     run = tiles.run if in_runs else 1
+    runs, senders = pl.cdiv(count, run), SENDERS if ring else 0
+    if ring and stages < 2:
+        raise ValueError(f"GpuTiles: forward.stages={stages} must be 2 or more in a ring")
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
     def kernel(*refs):
         q_gmem, k_gmem, v_gmem, ranges, o_in, lse_in = jax.tree.unflatten(
             structure, refs[: len(arrays)]
         )
-        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[len(arrays) :]
+        o_gmem, lse_gmem, *arriving, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[
+            len(arrays) :
+        ]
         q_full, k_full, v_full = full
         q_empty, k_empty, v_empty, turn = empty
-        index = lax.axis_index("group") * group + lax.axis_index("head")
+        block = lax.axis_index("block") - senders
+        index = lax.div(block, runs * group) * group + lax.rem(block, group)
         b, h = lax.div(index, heads), lax.rem(index, heads)
-        latest = count - 1 - lax.axis_index("run") * run
+        latest = count - 1 - lax.rem(lax.div(block, group), runs) * run
         warpgroup = lax.axis_index("warpgroup")
 
         def walk(visit):
@@ -109,7 +120,15 @@ def forward(
                 return one(0, 0)
             return lax.fori_loop(0, jnp.minimum(run, latest + 1), one, jnp.int32(0))
 
-        @pl.when(warpgroup == warpgroups)
+        if ring:
+            neighbour = Next(ring)
+
+            @pl.when((block < 0) & (warpgroup == warpgroups))
+            def _send():
+                smem_rings = (k_smem, k_full), (v_smem, v_full)
+                send_tiles(neighbour, block + senders, (k_gmem, v_gmem), arriving, smem_rings)
+
+        @pl.when((block >= 0) & (warpgroup == warpgroups))
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             rings = (k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)
@@ -145,7 +164,7 @@ def forward(
             for w in range(warpgroups if run > 1 else 0):
                 plgpu.barrier_wait(q_empty.at[w])
 
-        @pl.when(warpgroup < warpgroups)
+        @pl.when((block >= 0) & (warpgroup < warpgroups))
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             q_own = q_smem.at[warpgroup]
@@ -265,12 +284,13 @@ def forward(
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     one_each = functools.partial(plgpu.Barrier, num_barriers=warpgroups)
-    ring = functools.partial(plgpu.Barrier, num_barriers=stages)
+    of_ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     return plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, width), spec.out_dtype),
             jax.ShapeDtypeStruct((batch, heads, count * tiles.q), jnp.float32),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ((k, v) if ring else ())),
         ),
         scratch_types=(
             (
@@ -279,11 +299,11 @@ def forward(
                 operand(stages, tiles.kv, width),
             ),
             None if run == 1 else operand(warpgroups, ROWS, width),
-            (one_each(), ring(), ring()),
+            (one_each(), of_ring(), of_ring()),
             (
                 one_each(),
-                ring(num_arrivals=warpgroups),
-                ring(num_arrivals=warpgroups),
+                of_ring(num_arrivals=warpgroups),
+                of_ring(num_arrivals=warpgroups),
                 one_each(),
             ),
             (None, None)
@@ -293,8 +313,8 @@ def forward(
                 smem(warpgroups, ROWS, width, dtype=jnp.float32),
             ),
         ),
-        grid=(batch * heads // group, pl.cdiv(count, run), group),
-        grid_names=("group", "run", "head"),
+        grid=(senders + batch * heads * runs,),
+        grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.bench._timing import REFUSALS, timed_batch
-from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
+from experiments.bench.ring.programs import ONE_DEVICE, PASSES, SENDING, Case
 from longctx.compiler import training_options
 from longctx.device.programs import compile_all
 from pallas_kernels.flash_attention import flash_attention
@@ -45,6 +45,8 @@ def ideal_cases(options: argparse.Namespace) -> Iterator[Case]:
             yield from (case(name, devices) for name in singles())
             for part in ("full", "compute", "communication"):
                 yield case("ring", devices, part)
+            if options.kernels_send:
+                yield case(SENDING, devices)
 
 
 def strategy_cases(options: argparse.Namespace) -> Iterator[Case]:

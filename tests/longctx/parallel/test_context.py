@@ -77,6 +77,18 @@ CASES = {
     "ring, head groups, packed": ("ring", Layout("zigzag", 4), {"head_groups": 2, "cuts": 2}),
     "ring, not causal": ("ring", Layout("zigzag", 4), {"causal": False}),
     "ring, layout of fewer ranks": ("ring", Layout("zigzag", 2), {}),
+    "ring, kernels send, packed": ("ring", Layout("zigzag", 4), {"kernels_send": True, "cuts": 3}),
+    "ring, kernels send, contiguous, window": (
+        "ring",
+        Layout("contiguous", 4),
+        {"kernels_send": True, "window": 10},
+    ),
+    "ring, kernels send, head groups": (
+        "ring",
+        Layout("striped", 4),
+        {"kernels_send": True, "head_groups": 2},
+    ),
+    "usp, kernels send": ("usp", Layout("zigzag", 2), {"kernels_send": True}),
     "all_gather, zigzag, packed": ("all_gather", Layout("zigzag", 4), {"cuts": 3}),
     "all_gather, striped, window": ("all_gather", Layout("striped", 4), {"window": 9}),
     "all_gather, not causal": ("all_gather", Layout("contiguous", 4), {"causal": False}),
@@ -104,11 +116,12 @@ SLOW = (
 def test_four_devices_equal_one(name):
     strategy, layout, options = CASES[name]
     options = dict(options)
-    cuts, groups = options.pop("cuts", 0), options.pop("head_groups", 1)
+    cuts = options.pop("cuts", 0)
+    how = {name: options.pop(name) for name in ("head_groups", "kernels_send") if name in options}
     options["doc_start"] = documents(1, 32, cuts) if cuts else None
     args, cotangents = operands()
     want = exact(args, cotangents, **options)
-    options |= {"strategy": strategy, "head_groups": groups}
+    options |= {"strategy": strategy} | how
     got = sharded(args, cotangents, layout, 4, backend="reference", **options)
     assert max(errors(got, want)) < 5e-7
 

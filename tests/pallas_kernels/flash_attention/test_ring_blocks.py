@@ -1,0 +1,136 @@
+"""Blocks that hand on what travels: by XLA after them, and from within the interpreted kernels."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels.flash_attention import (
+    Ring,
+    block_backward,
+    block_forward,
+    gpu,
+    ring_backward,
+    ring_forward,
+    row_delta,
+)
+from pallas_kernels.flash_attention.api import make_spec
+from pallas_kernels.flash_attention.gpu_send import SENDERS
+from pallas_kernels.flash_attention.tiles import KernelTiles, gpu_tiles
+from tests.harness import assert_close
+from tests.pallas_kernels.flash_attention.cases import TOLERANCE, inputs
+
+DEVICES = 4
+
+
+def in_ring(function, *args):
+    """`function(ring, *args)` on devices that each have one of as many rows of the arguments."""
+    mesh = jax.make_mesh((DEVICES,), ("x",), axis_types=(AxisType.Auto,))
+    run = functools.partial(function, Ring("x", DEVICES, stride=3))
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("x"), out_specs=P("x")))(*args)
+
+
+def operands(dtype=jnp.float32):
+    q, k, v = inputs(DEVICES, 16, 24, heads=2, kv_heads=1, dtype=dtype)
+    do = jax.random.normal(jax.random.key(9), q.shape).astype(dtype)
+    return q, k, v, do
+
+
+def test_keys_go_to_the_next_device():
+    q, k, v, _ = operands()
+    o, lse, *kv = in_ring(ring_forward, q, k, v)
+    assert_close((o, lse), block_forward(q, k, v), 1e-6)
+    assert_close(kv, [jnp.roll(x, 3, axis=0) for x in (k, v)], 0)
+
+
+@pytest.mark.parametrize("keys_travel", [False, True])
+def test_sums_of_gradients_go_with_the_keys(keys_travel):
+    q, k, v, do = operands(jnp.bfloat16)
+    o, lse = block_forward(q, k, v)
+    args = q, k, v, do, lse, row_delta(o, lse, do, jnp.zeros_like(lse))
+    sums = tuple(jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate((q, k, v)))
+
+    def block(ring, args, sums):
+        how = {"keys_travel": keys_travel, "out_dtype": jnp.bfloat16}
+        return ring_backward(ring, *args, accumulate=sums, **how)
+
+    dq, *arrived = in_ring(block, args, sums)
+    own_dq, *own = block_backward(*args, accumulate=sums)
+    assert_close([dq], [own_dq], 1e-6)
+    travel = [*(x.astype(jnp.bfloat16) for x in own), *((k, v) if keys_travel else ())]
+    assert [x.dtype for x in arrived] == [jnp.bfloat16] * len(travel)
+    assert_close(arrived, [jnp.roll(x, 3, axis=0) for x in travel], 0)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The next device is this one; the interpreter knows neither others nor reductions."""
+    copy = plgpu.copy_smem_to_gmem
+    monkeypatch.setattr(plgpu, "remote_ref", lambda ref, _: ref)
+    monkeypatch.setattr(
+        plgpu, "copy_smem_to_gmem", lambda *args, reduction_op=None, **how: copy(*args, **how)
+    )
+    told: list[int] = []
+    monkeypatch.setattr(pl, "get_global", lambda _: told)
+    monkeypatch.setattr(pl, "semaphore_signal", lambda *_, device_id: None)
+    monkeypatch.setattr(pl, "semaphore_wait", lambda told, value, **_: told.append(value))
+    return told
+
+
+def run_alone(function):
+    """`function(ring, interpret)` on a ring of one device."""
+    run = functools.partial(function, Ring("x", 1), plgpu.InterpretGPUParams(detect_races=True))
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False))()
+
+
+def test_interpreted_forward_sends_all_tiles(capfd, alone):
+    """Nine tiles of two key heads among a few senders; the last of a head is not whole."""
+    q, k, v = inputs(1, 64, 8 * 70, heads=2, kv_heads=2, width=64, dtype=jnp.bfloat16)
+    spec = make_spec(q, k, v, None, causal=False)
+    o, lse, *kv = run_alone(
+        lambda ring, interpret: gpu.fwd(
+            q, k, v, None, None, None, spec=spec, ring=ring, interpret=interpret
+        )
+    )
+    assert_close(kv, (k, v), 0)
+    wanted = block_forward(q, k, v, out_dtype=q.dtype)
+    assert_close((o, lse), wanted, TOLERANCE[q.dtype][0])
+    assert set(alone) == {SENDERS}
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("keys_travel", [False, True])
+def test_interpreted_backward_sends_gradients(alone, keys_travel):
+    """With one tile of keys a tile of dq gets one term, and a copy does for a reduction."""
+    q, k, v = inputs(1, 128, 100, heads=2, kv_heads=2, width=64, dtype=jnp.bfloat16)
+    do = jax.random.normal(jax.random.key(9), q.shape).astype(q.dtype)
+    o, lse = block_forward(q, k, v)
+    rows = do, lse, row_delta(o, lse, do, jnp.zeros_like(lse))
+    sums = None, *(jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate((k, v)))
+    spec = make_spec(q, k, v, None, causal=False)
+    dq, dk, dv, *kv = run_alone(
+        lambda ring, interpret: gpu.bwd(
+            q, k, v, None, None, *rows, sums, spec=spec, ring=ring, keys_travel=keys_travel,
+            interpret=interpret,
+        )
+    )  # fmt: skip
+    assert [x.dtype for x in (dk, dv)] == [jnp.bfloat16] * 2
+    wanted = block_backward(q, k, v, *rows, accumulate=sums)
+    assert_close((dq, dk, dv), wanted, TOLERANCE[q.dtype][1], "gradient")
+    assert_close(kv, (k, v) if keys_travel else (), 0)
+    assert set(alone) == {2 * (2 + keys_travel)}  # warpgroups of both heads' blocks
+
+
+def test_a_ring_needs_two_stages():
+    q, k, v = inputs(1, 64, 128, heads=1, width=64, dtype=jnp.bfloat16)
+    tiles = dataclasses.replace(gpu_tiles(64), forward=KernelTiles(q=128, kv=64, stages=1))
+    with pytest.raises(ValueError, match=r"forward\.stages=1 must be 2"):
+        gpu.fwd(
+            q, k, v, None, None, None, spec=make_spec(q, k, v, None), tiles=tiles, ring=Ring("x", 2)
+        )
