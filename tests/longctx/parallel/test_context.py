@@ -126,6 +126,24 @@ def test_four_devices_equal_one(name):
     assert max(errors(got, want)) < 5e-7
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two NVIDIA GPUs"
+)
+@pytest.mark.parametrize("kernels_send", [False, True])
+@pytest.mark.parametrize(("kind", "cuts"), [("zigzag", 0), ("contiguous", 3)])
+def test_two_gpus_equal_one(kind, cuts, kernels_send):
+    """Twice: what arrives late or in the wrong place would differ from one run to the next."""
+    *args, do = draw([(1, 4096, h, 128) for h in (8, 2, 2, 8)], jnp.bfloat16)
+    doc_start = documents(1, 4096, cuts) if cuts else None
+    alone = functools.partial(flash_attention, lo=doc_start, return_lse=True)
+    cotangents = do, jnp.ones((1, 8, 4096))
+    wanted = value_and_gradients(alone, args, cotangents)
+    how = {"strategy": "ring", "doc_start": doc_start, "kernels_send": kernels_send}
+    for _ in range(2):
+        got = sharded(args, cotangents, Layout(kind, 2), 2, **how)
+        assert_close(got, wanted, 5e-3)
+
+
 def test_production_blocks_heads_on_tensor_batch_on_data():
     args, cotangents = operands(batch=2)
     options = {"soft_cap": 5.0, "scale": 0.3}
