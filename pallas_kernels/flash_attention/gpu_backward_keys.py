@@ -138,13 +138,12 @@ def backward_keys(
                 plgpu.copy_gmem_to_smem(do_gmem.at[b, rows, h], do_smem.at[slot], ready)
                 return state
 
+            steps, _ = walk(load, None)
             for w in range(warpgroups if keys_travel else 0):
                 plgpu.barrier_wait(kv_full.at[w])
                 at = b, pl.ds(tile * tiles.kv + w * ROWS, ROWS), kv_head
                 for own, target in zip((k_smem, v_smem), to_arrive, strict=True):
-                    there = neighbour.place_of(target).at[*at]
-                    plgpu.copy_smem_to_gmem(own.at[w], there)
-            steps, _ = walk(load, None)
+                    plgpu.copy_smem_to_gmem(own.at[w], neighbour.place_of(target).at[*at])
             awaited(q_empty, steps, stages)
             awaited(do_empty, steps, stages)
             if keys_travel:
