@@ -120,15 +120,18 @@ def forward(
                 return one(0, 0)
             return lax.fori_loop(0, jnp.minimum(run, latest + 1), one, jnp.int32(0))
 
+        loads, computes = warpgroup == warpgroups, warpgroup < warpgroups
         if ring:
             neighbour = Next(ring)
 
-            @pl.when((block < 0) & (warpgroup == warpgroups))
+            @pl.when(loads & (block < 0))
             def _send():
                 smem_rings = (k_smem, k_full), (v_smem, v_full)
                 send_tiles(neighbour, block + senders, (k_gmem, v_gmem), arriving, smem_rings)
 
-        @pl.when((block >= 0) & (warpgroup == warpgroups))
+            loads, computes = loads & (block >= 0), computes & (block >= 0)
+
+        @pl.when(loads)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             rings = (k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)
@@ -164,7 +167,7 @@ def forward(
             for w in range(warpgroups if run > 1 else 0):
                 plgpu.barrier_wait(q_empty.at[w])
 
-        @pl.when((block >= 0) & (warpgroup < warpgroups))
+        @pl.when(computes)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             q_own = q_smem.at[warpgroup]
