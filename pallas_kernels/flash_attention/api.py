@@ -124,7 +124,7 @@ def block_forward(
     the last hop. Not differentiable: see `block_backward`.
     """
     mask = causal, window, q_offset, scale, soft_cap, deterministic
-    call, lo, hi = _block(q, k, v, lo, hi, *mask, out_dtype, backend, tiles)
+    call, lo, hi = _block(q, k, v, lo, hi, *mask, out_dtype=out_dtype, backend=backend, tiles=tiles)
     return _run("fwd", call, q, k, v, lo, hi, carry)
 
 
@@ -172,7 +172,8 @@ def block_backward(
     without a sum (None) has `out_dtype`, by default that of q, k and v.
     """
     mask = causal, window, q_offset, scale, soft_cap, deterministic
-    call, lo, hi = _block(q, k, v, lo, hi, *mask, out_dtype or q.dtype, backend, tiles)
+    how = {"out_dtype": out_dtype or q.dtype, "backend": backend, "tiles": tiles}
+    call, lo, hi = _block(q, k, v, lo, hi, *mask, **how)
     return _run("bwd", call, q, k, v, lo, hi, do, lse, delta, accumulate or NO_SUMS)
 
 
@@ -235,19 +236,16 @@ def _block(
     lo: Array | None = None,
     hi: Array | None = None,
     causal: bool = False,
-    window: int | None = None,
-    q_offset: int = 0,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    deterministic: bool = False,
-    out_dtype: jax.typing.DTypeLike | None = None,
+    *mask: Any,
+    out_dtype: jax.typing.DTypeLike | None,
     backend: str = "auto",
     tiles: Any = None,
     moves: dict[str, Any] | None = None,
-) -> tuple["_Call", Array | None, Array | None]:
-    """The call of one hop, and its intervals."""
+    **named: Any,
+) -> tuple[_Call, Array | None, Array | None]:
+    """The call of one hop, and its intervals; masks and scales as `make_spec` takes them."""
     lo, hi = _intervals(q, k, lo, hi)
-    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    spec = make_spec(q, k, v, lo, causal, *mask, **named)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.wide))
     return _call(spec, backend, tiles, moves), lo, hi
 

@@ -151,9 +151,9 @@ def bwd(
     return unify_varying((dq, *_keys(spec, dk, dv), *_keys(spec, *kv)), axes)
 
 
-def sends(spec: Spec) -> bool:
-    """Whether the kernels of this call can hand on keys and gradients themselves."""
-    return not spec.deterministic and _tiles(spec).passes == "together"
+def sends(spec: Spec, tiles: GpuTiles | None) -> bool:
+    """Whether the backward of this call can hand on keys and gradients itself."""
+    return not spec.deterministic and (tiles or _tiles(spec)).passes == "together"
 
 
 def _keys(spec: Spec, *pair: Array) -> Iterator[Array]:

@@ -53,9 +53,9 @@ def _send[Tree](ring: Ring, arrays: Tree) -> Tree:
     return jax.tree.map(lambda x: lax.ppermute(x, ring.axis, ring.pairs()), arrays)
 
 
-def _backward_on_gpu(*args: Any, spec: Spec, **how: Any) -> tuple[Array, ...]:
-    run = gpu.bwd if gpu.sends(spec) else functools.partial(_backward, gpu.bwd)
-    return run(*args, spec=spec, **how)
+def _backward_on_gpu(*args: Any, spec: Spec, tiles: Any, **how: Any) -> tuple[Array, ...]:
+    run = gpu.bwd if gpu.sends(spec, tiles) else functools.partial(_backward, gpu.bwd)
+    return run(*args, spec=spec, tiles=tiles, **how)
 
 
 RING_BACKENDS = {

@@ -134,3 +134,15 @@ def test_a_ring_needs_two_stages():
         gpu.fwd(
             q, k, v, None, None, None, spec=make_spec(q, k, v, None), tiles=tiles, ring=Ring("x", 2)
         )
+
+
+def test_which_backward_sends():
+    """By the tiles of the call, where it has some: others' kernels would keep the gradients."""
+    q, k, v = inputs(1, 64, 128, heads=1, width=64, dtype=jnp.bfloat16)
+    spec, tiles = make_spec(q, k, v, None), gpu_tiles(64)
+    by_role = dataclasses.replace(
+        tiles, keys=KernelTiles(q=64, kv=64), rows=KernelTiles(q=64, kv=64), passes="roles"
+    )
+    assert gpu.sends(spec, None) and gpu.sends(spec, tiles)
+    assert not gpu.sends(spec, by_role)
+    assert not gpu.sends(dataclasses.replace(spec, deterministic=True), None)
