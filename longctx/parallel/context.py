@@ -82,8 +82,9 @@ def context_attention(
         buffers take so much less memory, but kernels are shorter; needs "ring" or "usp".
       kernels_send: whether a ring's kernels move what travels, on Hopper GPUs of one process
         whose mesh has its devices in order; elsewhere, and in a backward that is deterministic
-        or of heads wider than 128, XLA moves it after each block, unhidden. Experimental:
-        compiled and interpreted, but not yet run on GPUs.
+        or of heads wider than 128, XLA moves it after each block, unhidden. Programs must be
+        compiled with `longctx.compiler.training_options(kernels_send=True)`: without, XLA 0.11.2
+        runs kernels again with addresses of an earlier run, and results are WRONG. Experimental.
       return_lse: whether to return (o, lse), lse float32 in natural log.
       axis: mesh axis along the sequence; None: it is not sharded.
       batch_axes: mesh axes along the batch, for global arrays.

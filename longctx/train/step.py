@@ -146,4 +146,5 @@ def make_train_step(config: RunConfig) -> jax.stages.Wrapped:
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, rest, moments), metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=training_options())
+    options = training_options(kernels_send=config.parallel.kernels_send)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)

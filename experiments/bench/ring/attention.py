@@ -108,7 +108,7 @@ def compiled(
     """The programs, or what compiling one raised; and the options of XLA."""
     lowerings = (functools.partial(case.lower, jax.devices()) for case in todo)
     with jax.set_mesh(todo[-1].mesh(jax.devices())):
-        xla = training_options() | dict(options.xla)
+        xla = training_options(kernels_send=options.kernels_send) | dict(options.xla)
     return dict(zip(todo, compile_all(lowerings, REFUSALS, xla), strict=True)), xla
 
 

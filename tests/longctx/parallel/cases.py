@@ -30,12 +30,17 @@ def documents(batch, length, cuts, seed=0):
 
 def value_and_gradients(function, args, cotangents):
     """Flat list: outputs of `function(*args)` and the cotangents' pull-back."""
+    return with_gradients(function, QUICK_COMPILE)(args, cotangents)
+
+
+def with_gradients(function, options):
+    """The program of `value_and_gradients`."""
 
     def run(args, cotangents):
         out, pullback = jax.vjp(function, *args)
         return [*jax.tree.leaves(out), *pullback(cotangents)]
 
-    return jax.jit(run, compiler_options=QUICK_COMPILE)(args, cotangents)
+    return jax.jit(run, compiler_options=options)
 
 
 def on_mesh(function, args, cotangents, layout: Layout, devices: int, time_axis, **mesh):
@@ -43,6 +48,13 @@ def on_mesh(function, args, cotangents, layout: Layout, devices: int, time_axis,
 
     `time_axis` gives, for every argument and every result, its axis of time, or None.
     """
+    run = with_gradients(function, QUICK_COMPILE)
+    (got,) = runs_on_mesh(run, 1, args, cotangents, layout, devices, time_axis, **mesh)
+    return got
+
+
+def runs_on_mesh(run, count, args, cotangents, layout, devices, time_axis, **mesh):
+    """Results of so many runs of `with_gradients`, no two at the same place."""
     outputs = len(jax.tree.leaves(cotangents))
     to, back = time_axis[: len(args)], time_axis[len(args) :]
 
@@ -50,17 +62,13 @@ def on_mesh(function, args, cotangents, layout: Layout, devices: int, time_axis,
         return x if axis is None else layout.apply(x, axis)
 
     with jax.set_mesh(make_mesh(seq=devices, **mesh)):
-        got = value_and_gradients(
-            function,
-            tuple(map(lay_out, args, to)),
-            jax.tree.unflatten(
-                jax.tree.structure(cotangents),
-                map(lay_out, jax.tree.leaves(cotangents), back[:outputs]),
-            ),
-        )
-        got = jax.tree.map(np.asarray, got)
-    assert len(got) == len(back)
-    return [x if a is None else layout.invert(x, a) for x, a in zip(got, back, strict=True)]
+        args = tuple(map(lay_out, args, to))
+        leaves, structure = jax.tree.flatten(cotangents)
+        cotangents = jax.tree.unflatten(structure, map(lay_out, leaves, back[:outputs]))
+        found = [run(args, cotangents) for _ in range(count)]
+        found = jax.tree.map(np.asarray, found)
+    for got in found:
+        yield [x if a is None else layout.invert(x, a) for x, a in zip(got, back, strict=True)]
 
 
 def errors(got, want):

@@ -13,10 +13,19 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longctx.compiler import training_options
 from longctx.parallel import Layout, context_attention, make_mesh
 from pallas_kernels.flash_attention import flash_attention
 from tests.harness import assert_close
-from tests.longctx.parallel.cases import documents, draw, errors, on_mesh, value_and_gradients
+from tests.longctx.parallel.cases import (
+    documents,
+    draw,
+    errors,
+    on_mesh,
+    runs_on_mesh,
+    value_and_gradients,
+    with_gradients,
+)
 
 # Time axes of q, k, v, then of o, lse, dq, dk, dv.
 TIME = (1, 1, 1, 1, 2, 1, 1, 1)
@@ -132,15 +141,20 @@ def test_four_devices_equal_one(name):
 @pytest.mark.parametrize("kernels_send", [False, True])
 @pytest.mark.parametrize(("kind", "cuts"), [("zigzag", 0), ("contiguous", 3)])
 def test_two_gpus_equal_one(kind, cuts, kernels_send):
-    """Twice: what arrives late or in the wrong place would differ from one run to the next."""
+    """Four runs whose results are all kept, so that each has other addresses."""
     *args, do = draw([(1, 4096, h, 128) for h in (8, 2, 2, 8)], jnp.bfloat16)
     doc_start = documents(1, 4096, cuts) if cuts else None
     alone = functools.partial(flash_attention, lo=doc_start, return_lse=True)
     cotangents = do, jnp.ones((1, 8, 4096))
     wanted = value_and_gradients(alone, args, cotangents)
-    how = {"strategy": "ring", "doc_start": doc_start, "kernels_send": kernels_send}
-    for _ in range(2):
-        got = sharded(args, cotangents, Layout(kind, 2), 2, **how)
+    layout = Layout(kind, 2)
+    attend = functools.partial(
+        context_attention, strategy="ring", layout=layout, kernels_send=kernels_send,
+        doc_start=None if doc_start is None else layout.apply(doc_start), return_lse=True,
+    )  # fmt: skip
+    with jax.set_mesh(make_mesh(seq=2)):
+        run = with_gradients(attend, training_options(kernels_send=kernels_send))
+    for got in runs_on_mesh(run, 4, args, cotangents, layout, 2, TIME):
         assert_close(got, wanted, 5e-3)
 
 
