@@ -71,7 +71,8 @@ def fwd(
     wide = _table_width(spec)
     # What TMA alone reads and writes needs no whole tiles.
     plain = carry is not None or spec.out_dtype != q.dtype or _padded_width(v.shape[3]) != wide
-    rows, keys = tile.q if plain else _box(q, ROWS), _box(k, tile.kv)
+    rows = tile.q if plain else _box(q, ROWS)
+    keys = tile.kv if ring else _box(k, tile.kv)
     q, k, v = _pad(q, rows, wide), _pad(k, keys, wide), _pad(v, keys)
     o, lse, *kv = forward(
         q, k, v, visible, carry, spec=spec, tiles=tile, ring=ring, interpret=interpret

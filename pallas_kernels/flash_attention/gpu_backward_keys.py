@@ -1,20 +1,17 @@
 """The backward pass on Hopper over key tiles: dk and dv, and dq by reduction.
 
 A block owns `64 n` keys of one key/value head:
-    grid        (head groups, key tiles, heads of a group), heavy key tiles first
+    grid        (head groups, key tiles, heads of a group), heavy key tiles first. In a ring a few
+                blocks come before them, which hand on the keys, and the gradients as they are made
     SMEM        k, v: 64 keys per warpgroup; q, do, lse, -delta: rings of query tiles;
                 ds of all the block's keys, twice; dq: the part of each warpgroup
     registers   per compute warpgroup: dk [64, D] and dv [64, E] float32, p^T and ds^T [64, q]
 
 With dq, the warpgroups show each other their ds; in the next step each multiplies `dq = ds k` for
 its part of the rows or columns and TMA adds it to float32 dq in GMEM, in no certain order.
-
-In a ring a block writes dk and dv to the next device, and hands on its keys and values if they
-travel further.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -45,7 +42,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     walk_rows,
     write_gradient,
 )
-from pallas_kernels.flash_attention.gpu_send import Next
+from pallas_kernels.flash_attention.gpu_send import SENDERS, Done, Next
 from pallas_kernels.flash_attention.tiles import KernelTiles, Ring, Spec
 
 
@@ -87,12 +84,14 @@ def backward_keys(
             " and dq is reduced"
         )
     shape = (ROWS, tiles.q)
-    through_smem = not sums and not ring and spec.out_dtype == v.dtype and width == value_width
-    gradients = key_gradients(k, v, sums, spec)
+    through_smem = not sums and spec.out_dtype == v.dtype and width == value_width
+    gradients, arriving, senders = key_gradients(k, v, sums, spec), (), 0
     if ring:
         gradients = tuple(jax.ShapeDtypeStruct(x.shape, spec.out_dtype) for x in (k, v))
-    arriving = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)) if keys_travel else ()
-    grid = batch * kv_heads // heads_per_group, kv_length // tiles.kv, heads_per_group
+        keys = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)) if keys_travel else ()
+        arriving, senders = (*gradients, *keys), SENDERS
+    key_tiles = kv_length // tiles.kv
+    blocks = batch * kv_heads * key_tiles
     arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, minus_delta, dq, sums))
 
     def kernel(*refs):
@@ -103,21 +102,46 @@ def backward_keys(
             len(arrays) :
         ]
         written, to_arrive = written[: len(gradients)], written[len(gradients) :]
+        block = lax.axis_index("block") - senders
         k_smem, v_smem = own_smem
         q_smem, lse_smem, minus_delta_smem, do_smem = rings
         kv_full, q_full, do_full = full
         q_empty, do_empty = empty
-        index = lax.axis_index("group") * heads_per_group + lax.axis_index("head")
-        b, kv_head = lax.div(index, kv_heads), lax.rem(index, kv_heads)
-        tile = lax.axis_index("tile")
         warpgroup = lax.axis_index("warpgroup")
 
-        walk = functools.partial(walk_rows, spec, tiles, ranges, b, kv_head, tile)
-        if ring:
-            neighbour = Next(ring)
-            written = [neighbour.place_of(x) for x in written]
+        def place(block):
+            """The row of the batch, the key head and the tile of keys of a block."""
+            group, rest = (f(block, key_tiles * heads_per_group) for f in (lax.div, lax.rem))
+            index = group * heads_per_group + lax.rem(rest, heads_per_group)
+            b, kv_head = lax.div(index, kv_heads), lax.rem(index, kv_heads)
+            return b, kv_head, lax.div(rest, heads_per_group)
 
-        @pl.when(warpgroup == warpgroups)
+        b, kv_head, tile = place(block)
+        walk = functools.partial(walk_rows, spec, tiles, ranges, b, kv_head, tile)
+        loads, computes = warpgroup == warpgroups, warpgroup < warpgroups
+        if ring:
+            neighbour, done = Next(ring), Done(blocks * warpgroups)
+
+            def keys_of(share):
+                """Where the keys of a warpgroup of a block lie."""
+                b, kv_head, tile = place(lax.div(share, warpgroups))
+                first = tile * tiles.kv + lax.rem(share, warpgroups) * ROWS
+                return b, pl.ds(first, ROWS), kv_head
+
+            @pl.when(block < 0)
+            def _send():
+                workers = senders * (warpgroups + 1)
+                worker = (block + senders) * (warpgroups + 1) + warpgroup
+                pairs = list(zip((*written, k_gmem, v_gmem), to_arrive, strict=False))
+                shares = blocks * warpgroups
+                send = functools.partial(neighbour.send, worker, workers, shares, keys_of)
+                send(pairs[2:])
+                send(pairs[:2], done.wait)
+                neighbour.finish(workers)
+
+            loads, computes = loads & (block >= 0), computes & (block >= 0)
+
+        @pl.when(loads)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             for w in range(warpgroups):
@@ -139,25 +163,10 @@ def backward_keys(
                 return state
 
             steps, _ = walk(load, None)
-            for w in range(warpgroups if keys_travel else 0):
-                plgpu.barrier_wait(kv_full.at[w])
-                at = b, pl.ds(tile * tiles.kv + w * ROWS, ROWS), kv_head
-                for own, target in zip((k_smem, v_smem), to_arrive, strict=True):
-                    plgpu.copy_smem_to_gmem(own.at[w], neighbour.place_of(target).at[*at])
             awaited(q_empty, steps, stages)
             awaited(do_empty, steps, stages)
-            if keys_travel:
-                plgpu.wait_smem_to_gmem(0)
-                neighbour.tell()
-            if ring:
-                place = [lax.axis_index(name) for name in ("group", "tile", "head")]
-                last = functools.reduce(
-                    jnp.logical_and, [x == n - 1 for x, n in zip(place, grid, strict=True)]
-                )
-                told = math.prod(grid) * (warpgroups + keys_travel)
-                pl.when(last)(lambda: neighbour.wait(told))
 
-        @pl.when(warpgroup < warpgroups)
+        @pl.when(computes)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             first_key = tile * tiles.kv + warpgroup * ROWS
@@ -267,13 +276,13 @@ def backward_keys(
             through = v_smem.at[warpgroup] if through_smem else None  # no one else reads it
             for name, value in (("dk", dk * rest), ("dv", dv / probability_scale(spec))):
                 write_gradient(written, value, sums_gmem, name, at, through)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=ring is None)
             if ring:
-                neighbour.tell()
+                done.tell(block * warpgroups + warpgroup)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
-    return plgpu.kernel(
+    outputs = plgpu.kernel(
         kernel,
         out_type=(*gradients, *arriving),
         scratch_types=(
@@ -301,11 +310,12 @@ def backward_keys(
                 numbers(warpgroups, ROWS, value_width),
             ),
         ),
-        grid=grid,
-        grid_names=("group", "tile", "head"),
+        grid=(senders + blocks,),
+        grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         # Nothing that a thread stores to SMEM is read back by it, other than in the interpreter.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*arrays)
+    return outputs[len(gradients) :] if ring else outputs

@@ -47,7 +47,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     smem,
     tile_bounds,
 )
-from pallas_kernels.flash_attention.gpu_send import SENDERS, Next, send_tiles
+from pallas_kernels.flash_attention.gpu_send import SENDERS, Next
 from pallas_kernels.flash_attention.tiles import KernelTiles, Ring, Spec
 
 
@@ -67,7 +67,7 @@ def forward(
 
     With `ring` also the k and v of the device before.
 
-    D and E are multiples of 64, S one of 8 that holds a tile. T is whole tiles where there is a
+    D and E are multiples of 64, S one of 8 that holds a tile, in a ring one of 64. T is whole tiles where there is a
     carry, or o has another dtype or width than q; else a multiple of 8 that holds 64 rows.
     """
     batch, length, heads, key_width = q.shape
@@ -83,8 +83,6 @@ def forward(
     in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
     run = tiles.run if in_runs else 1
     runs, senders = pl.cdiv(count, run), SENDERS if ring else 0
-    if ring and stages < 2:
-        raise ValueError(f"GpuTiles: forward.stages={stages} must be 2 or more in a ring")
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
     def kernel(*refs):
@@ -123,11 +121,19 @@ def forward(
         loads, computes = warpgroup == warpgroups, warpgroup < warpgroups
         if ring:
             neighbour = Next(ring)
+            kv_heads, per_head = k.shape[2], k.shape[1] // ROWS
 
-            @pl.when(loads & (block < 0))
+            def place(tile):
+                index, rows = lax.div(tile, per_head), pl.ds(lax.rem(tile, per_head) * ROWS, ROWS)
+                return lax.div(index, kv_heads), rows, lax.rem(index, kv_heads)
+
+            @pl.when(block < 0)
             def _send():
-                smem_rings = (k_smem, k_full), (v_smem, v_full)
-                send_tiles(neighbour, block + senders, (k_gmem, v_gmem), arriving, smem_rings)
+                workers = senders * (warpgroups + 1)
+                worker = (block + senders) * (warpgroups + 1) + warpgroup
+                pairs = list(zip((k_gmem, v_gmem), arriving, strict=True))
+                neighbour.send(worker, workers, batch * kv_heads * per_head, place, pairs)
+                neighbour.finish(workers)
 
             loads, computes = loads & (block >= 0), computes & (block >= 0)
 

@@ -6,13 +6,14 @@ outputs of the next one's kernel, which ends after the last of it has arrived: e
 up a semaphore of the receiver once its part is there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels.flash_attention.gpu_common import ROWS
 from pallas_kernels.flash_attention.tiles import Ring
 
 SENDERS = 4  # blocks that do nothing else: a few reach the rate of the links in a hop's time
@@ -30,57 +31,53 @@ class Next:
         """The array on the next device that has the place of `ref` on this one."""
         return plgpu.remote_ref(ref, self.device)
 
-    def tell(self) -> None:
-        """Tell the next device that what this warpgroup sent is there."""
+    def send(
+        self,
+        worker: Any,
+        workers: int,
+        tiles: int,
+        at: Callable[[Any], tuple],
+        pairs: Sequence[tuple[Any, Any]],
+        ready: Callable[[Any], None] = lambda _: None,
+    ) -> None:
+        """Copy every `workers`-th tile, from the `worker`-th on, through a warpgroup's registers.
+
+        Each of `pairs` is a source and a target, arrays [B, S, K, width]; `at(tile)` says where a
+        tile of 64 rows lies in them, once `ready(tile)` returns.
+        """
+        there = [(source, self.place_of(target)) for source, target in pairs]
+
+        def copy(step, _):
+            tile = worker + step * workers
+            ready(tile)
+            for source, target in there:
+                layout = plgpu.Layout.SMEM_GMEM_COPY((ROWS, source.shape[-1]), source.dtype, 128)
+                rows = plgpu.load(source.at[*at(tile)], layout=layout, optimized=False)
+                target.at[*at(tile)][...] = rows
+
+        lax.fori_loop(0, lax.div(tiles - worker + (workers - 1), workers), copy, None)
+
+    def finish(self, workers: int) -> None:
+        """Tell the next device that all of this warpgroup is there; wait for the one before.
+
+        So many warpgroups of it will tell.
+        """
         plgpu.commit_smem()  # one thread tells: after all of them
         pl.semaphore_signal(self.arrived, device_id=self.device)
-
-    def wait(self, senders: Any) -> None:
-        """Wait for the device before: so many warpgroups of it will tell."""
-        pl.semaphore_wait(self.arrived, value=senders, decrement=False)
+        pl.semaphore_wait(self.arrived, value=workers, decrement=False)
 
 
-def send_tiles(
-    neighbour: Next,
-    part: Any,
-    sources: Sequence[Any],
-    targets: Sequence[Any],
-    rings: Sequence[tuple[Any, Any]],
-) -> None:
-    """Copy every `SENDERS`-th tile of rows, from the `part`-th on, by way of SMEM.
+class Done:
+    """Which tiles are written, for blocks of the same kernel that wait for them."""
 
-    `sources` and `targets` are arrays [B, S, K, width] of one S; each has a ring `(slots, full)`
-    of tiles in SMEM with a barrier for each.
-    """
-    batch, length, heads, _ = sources[0].shape
-    stages, rows, _ = rings[0][0].shape
-    per_head = pl.cdiv(length, rows)
-    steps = lax.div(batch * heads * per_head - part + (SENDERS - 1), SENDERS)
-    there = [neighbour.place_of(target) for target in targets]
+    def __init__(self, tiles: int):
+        self.written = pl.get_global(plgpu.SemaphoreType.REGULAR((tiles,)))
 
-    def at(step):
-        tile = part + step * SENDERS
-        index, row = lax.div(tile, per_head), lax.rem(tile, per_head)
-        return lax.div(index, heads), pl.ds(row * rows, rows), lax.rem(index, heads)
+    def tell(self, tile: Any) -> None:
+        """All that this warpgroup writes of the tile is written."""
+        plgpu.commit_smem()
+        plgpu.semaphore_signal(self.written.at[tile], memory_scope="gpu")
 
-    def load(step):
-        slot = lax.rem(step, stages)
-        for source, (slots, full) in zip(sources, rings, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[*at(step)], slots.at[slot], full.at[slot])
-
-    def send(step, _):
-        @pl.when(step + 1 < steps)
-        def _():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the slot's last tile has left it
-            load(step + 1)
-
-        slot = lax.rem(step, stages)
-        for target, (slots, full) in zip(there, rings, strict=True):
-            plgpu.barrier_wait(full.at[slot])
-            plgpu.copy_smem_to_gmem(slots.at[slot], target.at[*at(step)])
-
-    pl.when(steps > 0)(lambda: load(0))
-    lax.fori_loop(0, steps, send, None)
-    plgpu.wait_smem_to_gmem(0)
-    neighbour.tell()
-    neighbour.wait(SENDERS)
+    def wait(self, tile: Any) -> None:
+        """Until the tile is written."""
+        plgpu.semaphore_wait(self.written.at[tile], decrement=False, memory_scope="gpu")

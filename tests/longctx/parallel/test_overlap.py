@@ -146,7 +146,7 @@ def test_ring_whose_kernels_send_on_h100(ptxas, devices):
     assert not verify_overlap(there).moves
     assert there.as_text().count('custom_call_target="mosaic_gpu') == 2 * devices
     used, less = (x.memory_analysis().temp_size_in_bytes for x in (here, there))
-    assert less < 0.75 * used
+    assert less < 0.8 * used
     assert max(ptxas.spilled()) < 150  # once a block, where it ends
 
 
