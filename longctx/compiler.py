@@ -33,10 +33,6 @@ GPUS_OF_ONE_PROCESS = {
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
     "xla_gpu_all_gather_mode": "COLLECTIVES_PEER_MEMORY",
 }
-# A kernel that sends is told the addresses of the other GPUs as its program starts. In a command
-# buffer (a CUDA graph) it would go on using those of the run that was recorded, and write over
-# what lies there now. So custom calls stay out of them; the others are those of XLA's default.
-KERNELS_SEND = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN"}
 # The layers of a model are slices of one array. By default XLA copies a layer's weights before it
 # multiplies a few tokens by them, three times the traffic; its own kernels know no other way.
 DECODING_ON_GPU = {
@@ -45,21 +41,14 @@ DECODING_ON_GPU = {
 }
 
 
-def training_options(*, kernels_send: bool = False) -> dict[str, Any]:
-    """For a training step on the devices of the mesh in use, as `jax.jit` takes them.
-
-    Programs in which kernels send (`context_attention`) need those with `kernels_send`.
-    """
+def training_options() -> dict[str, Any]:
+    """For a training step on the devices of the mesh in use, as `jax.jit` takes them."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return {}
     if device.platform != "gpu":
         return TRAINING.get(device.device_kind, {})
-    return (
-        TRAINING_ON_GPU
-        | (GPUS_OF_ONE_PROCESS if jax.process_count() == 1 else {})
-        | (KERNELS_SEND if kernels_send else {})
-    )
+    return TRAINING_ON_GPU | (GPUS_OF_ONE_PROCESS if jax.process_count() == 1 else {})
 
 
 def decoding_options(platform: str) -> dict[str, Any]:

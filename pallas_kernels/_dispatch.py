@@ -47,7 +47,7 @@ def check_backend(backend: str, modules: Mapping[str, ModuleType], spec: Any) ->
 def call(
     name: str,
     backend: str,
-    modules: Mapping[str, Any],
+    modules: Mapping[str, ModuleType],
     spec: Any,
     /,
     *args: Any,

@@ -133,7 +133,6 @@ class ParallelConfig:
     states: Exchange = "all_gather"  # of lightning layers: `context_lightning`
     layout: Kind = "contiguous"  # order of tokens; zigzag balances causal attention
     head_groups: int = 1  # rings over parts of the heads, one after another, to save memory
-    kernels_send: bool = False  # a ring's kernels move its keys: Hopper GPUs of one process
     ranks: int = 0  # of the layout, for "usp" (Ulysses inside a rank); 0: one per device
     fsdp_over_seq: bool = False  # split projections' parameters and moments over `seq`, too
 

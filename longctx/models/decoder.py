@@ -229,7 +229,6 @@ def make_mixer(model: Decoder, kind: str, layer: Int[Array, ""], shared: dict[st
         window=soft.window if kind == "window" else None,
         strategy=parallel.strategy,
         head_groups=parallel.head_groups,
-        kernels_send=parallel.kernels_send,
         layout=parallel.token_layout,
         **rotary,
         **shared,

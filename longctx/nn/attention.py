@@ -37,8 +37,7 @@ class SelfAttention(nnx.Module):
       rope_scaling: stretches the frequencies for longer contexts.
       qk_norm: RMSNorm with weight on each head's q and k, before the rotation (2302.05442).
       window: how many tokens, itself included, a token sees; None: all.
-      strategy, head_groups, kernels_send: how devices along `axes.seq` work together, see
-        `context_attention`.
+      strategy, head_groups: how devices along `axes.seq` cooperate: `context_attention`.
       layout: order of the tokens along `axes.seq`; positions must be given unless contiguous.
     """
 
@@ -59,7 +58,6 @@ class SelfAttention(nnx.Module):
         norm_eps: float = 1e-6,
         strategy: Strategy = "auto",
         head_groups: int = 1,
-        kernels_send: bool = False,
         layout: Layout | Kind = "contiguous",
         std: float = INIT_STD,
         dtype: jax.typing.DTypeLike = jnp.float32,
@@ -76,7 +74,6 @@ class SelfAttention(nnx.Module):
         self.num_heads, self.kv_heads, self.head_dim = num_heads, kv_heads, head_dim
         self.window, self.axes, self.dtype = window, axes, dtype
         self.strategy, self.head_groups, self.layout = strategy, head_groups, layout
-        self.kernels_send = kernels_send
         self.cache_spec = P(axes.batch, axes.seq, axes.tensor, None)
         self.rope_base, self.rotated, self.rope_scaling = rope_base, rotated, rope_scaling
         kwargs = {
@@ -127,7 +124,6 @@ class SelfAttention(nnx.Module):
                 v,
                 strategy=self.strategy,
                 head_groups=self.head_groups,
-                kernels_send=self.kernels_send,
                 layout=self.layout,
                 window=self.window,
                 doc_start=doc_start,

@@ -45,7 +45,6 @@ def context_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     head_groups: int = 1,
-    kernels_send: bool = False,
     return_lse: bool = False,
     deterministic: bool = False,
     backend: str = "auto",
@@ -80,11 +79,6 @@ def context_attention(
       scale, soft_cap, deterministic, backend: as in `flash_attention`.
       head_groups: rings that run one after another, each over an equal part of the heads. Their
         buffers take so much less memory, but kernels are shorter; needs "ring" or "usp".
-      kernels_send: whether a ring's kernels move what travels, on Hopper GPUs of one process
-        whose mesh has its devices in order; elsewhere, and in a backward that is deterministic
-        or of heads wider than 128, XLA moves it after each block, unhidden. Programs must be
-        compiled with `longctx.compiler.training_options(kernels_send=True)`: without, XLA 0.11.2
-        runs kernels again with addresses of an earlier run, and results are WRONG. Experimental.
       return_lse: whether to return (o, lse), lse float32 in natural log.
       axis: mesh axis along the sequence; None: it is not sharded.
       batch_axes: mesh axes along the batch, for global arrays.
@@ -158,7 +152,6 @@ def context_attention(
         scale=scale,
         soft_cap=soft_cap,
         head_groups=head_groups,
-        kernels_send=kernels_send,
         deterministic=deterministic,
         backend=backend,
     )

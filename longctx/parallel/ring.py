@@ -36,7 +36,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longctx.parallel import sending_ring
 from longctx.parallel.shards import Shards
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import block_backward, block_forward, flash_attention, row_delta
@@ -82,9 +81,7 @@ def _ring_fwd(shards: Shards, q: Array, k: Array, v: Array, doc_start: Array | N
     lse = jnp.full((batch, heads, length), zero, jnp.promote_types(q.dtype, jnp.float32))
     o, lse = _by_groups(
         shards.head_groups,
-        functools.partial(
-            sending_ring.forward if shards.kernels_send else _forward, shards, doc_start
-        ),
+        functools.partial(_forward, shards, doc_start),
         unify_varying((o, lse), varying_axes(q)), q, kv,
     )  # fmt: skip
     return (o, lse), (q, kv, like, doc_start, o, lse)
@@ -95,9 +92,7 @@ def _ring_bwd(shards: Shards, saved: tuple, cotangents: Output):
     # Gradients take the place of what they are of, which nothing needs after them.
     dq, dkv = _by_groups(
         shards.head_groups,
-        functools.partial(
-            sending_ring.backward if shards.kernels_send else _backward, shards, doc_start
-        ),
+        functools.partial(_backward, shards, doc_start),
         (q, jax.tree.map(lambda x: x.astype(like.dtype), kv)), o, lse, *cotangents,
     )  # fmt: skip
     return dq, *dkv, None

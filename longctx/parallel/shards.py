@@ -9,7 +9,6 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from longctx.parallel.layout import Layout
-from pallas_kernels.flash_attention import Ring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,6 @@ class Shards:
     scale: float | None = None
     soft_cap: float | None = None
     head_groups: int = 1  # of a ring
-    kernels_send: bool = False  # of a ring: what travels
     deterministic: bool = False
     backend: str = "auto"
 
@@ -66,12 +64,8 @@ class Shards:
 
     def shift(self, ranks: int) -> list[tuple[int, int]]:
         """(source, target) device pairs that move data `ranks` ranks on, around the ring."""
-        return self.ring(ranks).pairs()
-
-    def ring(self, ranks: int = 1) -> Ring:
-        """To where `shift` moves data, for kernels."""
         size = self.ranks * self.inner
-        return Ring(self.axis, size, ranks * self.inner % size)
+        return [(p, (p + ranks * self.inner) % size) for p in range(size)]
 
     def groups(self) -> list[list[int]] | None:
         """The devices of each rank, for collectives within ranks; None when there is one rank."""

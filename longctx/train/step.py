@@ -146,5 +146,4 @@ def make_train_step(config: RunConfig) -> jax.stages.Wrapped:
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
         return TrainState(state.step + 1, params, rest, moments), metrics
 
-    options = training_options(kernels_send=config.parallel.kernels_send)
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=training_options())

@@ -5,21 +5,16 @@ from pallas_kernels.flash_attention.api import (
     block_forward,
     flash_attention,
     merge,
-    ring_backward,
-    ring_forward,
     row_delta,
 )
-from pallas_kernels.flash_attention.tiles import Ring, Spec, Tiles
+from pallas_kernels.flash_attention.tiles import Spec, Tiles
 
 __all__ = [
-    "Ring",
     "Spec",
     "Tiles",
     "block_backward",
     "block_forward",
     "flash_attention",
     "merge",
-    "ring_backward",
-    "ring_forward",
     "row_delta",
 ]

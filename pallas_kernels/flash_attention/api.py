@@ -16,20 +16,9 @@ from pallas_kernels import _dispatch
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import gpu, reference, tpu, xla
 from pallas_kernels.flash_attention.reference import merge
-from pallas_kernels.flash_attention.ring_blocks import RING_BACKENDS
-from pallas_kernels.flash_attention.tiles import GpuTiles, Ring, Spec, Tiles, TpuTiles
+from pallas_kernels.flash_attention.tiles import GpuTiles, Spec, Tiles, TpuTiles
 
-__all__ = [
-    "BACKENDS",
-    "Ring",
-    "block_backward",
-    "block_forward",
-    "flash_attention",
-    "merge",
-    "ring_backward",
-    "ring_forward",
-    "row_delta",
-]
+__all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "merge", "row_delta"]
 
 # The backends, and the tile class that each takes.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
@@ -123,9 +112,10 @@ def block_forward(
     keys of all hops so far, concatenated. `out_dtype` is that of o where it is no carry, after
     the last hop. Not differentiable: see `block_backward`.
     """
-    mask = causal, window, q_offset, scale, soft_cap, deterministic
-    call, lo, hi = _block(q, k, v, lo, hi, *mask, out_dtype=out_dtype, backend=backend, tiles=tiles)
-    return _run("fwd", call, q, k, v, lo, hi, carry)
+    lo, hi = _intervals(q, k, lo, hi)
+    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.wide))
+    return _run("fwd", _call(spec, backend, tiles), q, k, v, lo, hi, carry)
 
 
 def row_delta(
@@ -171,54 +161,11 @@ def block_backward(
     `accumulate = (dq, dk, dv)` are float32 sums to which the gradients are added; a gradient
     without a sum (None) has `out_dtype`, by default that of q, k and v.
     """
-    mask = causal, window, q_offset, scale, soft_cap, deterministic
-    how = {"out_dtype": out_dtype or q.dtype, "backend": backend, "tiles": tiles}
-    call, lo, hi = _block(q, k, v, lo, hi, *mask, **how)
-    return _run("bwd", call, q, k, v, lo, hi, do, lse, delta, accumulate or NO_SUMS)
-
-
-def ring_forward(
-    ring: Ring,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
-    *,
-    carry: tuple[Float[Array, "B T H E"], Float[Array, "B H T"]] | None = None,
-    out_dtype: jax.typing.DTypeLike | None = None,
-    **block: Any,
-) -> tuple[Array, Array, Array, Array]:
-    """`block_forward`, meanwhile k and v go to the next device of a ring.
-
-    For use inside a `shard_map` over its axis. Returns o, lse, and k and v of the device before.
-    The other arguments are those of `block_forward`.
-    """
-    call, lo, hi = _block(q, k, v, out_dtype=out_dtype, moves={"ring": ring}, **block)
-    return _run("fwd", call, q, k, v, lo, hi, carry)
-
-
-def ring_backward(
-    ring: Ring,
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
-    do: Float[Array, "B T H E"],
-    lse: Float[Array, "B H T"],
-    delta: Float[Array, "B H T"],
-    *,
-    keys_travel: bool,
-    accumulate: tuple[Array | None, Array | None, Array | None] = NO_SUMS,
-    out_dtype: jax.typing.DTypeLike | None = None,
-    **block: Any,
-) -> tuple[Array, ...]:
-    """`block_backward`, whose dk and dv go to the next device of a ring, with or without the keys.
-
-    For use inside a `shard_map` over its axis. Returns dq; dk and dv of the device before, of
-    `out_dtype` also where they are sums; and its k and v if `keys_travel`. The other arguments are
-    those of `block_backward`.
-    """
-    moves = {"ring": ring, "keys_travel": keys_travel}
-    call, lo, hi = _block(q, k, v, out_dtype=out_dtype or q.dtype, moves=moves, **block)
-    return _run("bwd", call, q, k, v, lo, hi, do, lse, delta, accumulate)
+    lo, hi = _intervals(q, k, lo, hi)
+    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.dtype))
+    args = (q, k, v, lo, hi, do, lse, delta, accumulate or NO_SUMS)
+    return _run("bwd", _call(spec, backend, tiles), *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,38 +173,16 @@ class _Call:
     spec: Spec
     backend: str
     tiles: Any
-    moves: tuple[tuple[str, Any], ...] = ()
 
 
-def _block(
-    q: Array,
-    k: Array,
-    v: Array,
-    lo: Array | None = None,
-    hi: Array | None = None,
-    causal: bool = False,
-    *mask: Any,
-    out_dtype: jax.typing.DTypeLike | None,
-    backend: str = "auto",
-    tiles: Any = None,
-    moves: dict[str, Any] | None = None,
-    **named: Any,
-) -> tuple[_Call, Array | None, Array | None]:
-    """The call of one hop, and its intervals; masks and scales as `make_spec` takes them."""
-    lo, hi = _intervals(q, k, lo, hi)
-    spec = make_spec(q, k, v, lo, causal, *mask, **named)
-    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.wide))
-    return _call(spec, backend, tiles, moves), lo, hi
-
-
-def _call(spec: Spec, backend: str, tiles: Any, moves: dict[str, Any] | None = None) -> _Call:
+def _call(spec: Spec, backend: str, tiles: Any) -> _Call:
     if tiles is not None and backend == "auto":
         raise ValueError(f"{tiles=} belong to one backend: name it instead of backend='auto'")
     _dispatch.check_backend(backend, BACKENDS, spec)
     if tiles is not None and type(tiles) is not TILES.get(backend):
         wanted = TILES[backend].__name__ if backend in TILES else "None"
         raise ValueError(f"{tiles=} with {backend=}: it must be {wanted}")
-    return _Call(spec, backend, tiles, tuple((moves or {}).items()))
+    return _Call(spec, backend, tiles)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # equal calls are traced and lowered once
@@ -266,9 +191,9 @@ def _run(name: str, call: _Call, *args: Any) -> Any:
     args = unify_varying(args, axes)
     # An index that is a Python int must not become int64 inside a kernel: Mosaic refuses it.
     with jax.enable_x64(call.spec.dtype == jnp.float64):
-        modules = RING_BACKENDS if call.moves else BACKENDS
-        static = {"spec": call.spec, "tiles": call.tiles} | dict(call.moves)
-        out = _dispatch.call(name, call.backend, modules, call.spec, *args, **static)
+        out = _dispatch.call(
+            name, call.backend, BACKENDS, call.spec, *args, spec=call.spec, tiles=call.tiles
+        )
     return unify_varying(out, axes)
 
 

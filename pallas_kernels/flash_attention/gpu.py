@@ -7,7 +7,6 @@ dq; where the result must be deterministic or a head is wider than 128, dq has o
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,15 +22,8 @@ from pallas_kernels.flash_attention.gpu_backward_rows import backward_rows
 from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible, probability_scale
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
-from pallas_kernels.flash_attention.tiles import (
-    GPU_TILES,
-    GpuTiles,
-    KernelTiles,
-    Ring,
-    Spec,
-    gpu_tiles,
-)
-from pallas_kernels.flash_attention.xla import Carry, Sums
+from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
+from pallas_kernels.flash_attention.xla import Carry, Gradients, Sums
 
 WIDTHS = tuple(GPU_TILES)  # of heads, after padding
 
@@ -58,10 +50,9 @@ def fwd(
     *,
     spec: Spec,
     tiles: GpuTiles | None = None,
-    ring: Ring | None = None,
     interpret: Any = None,
-) -> tuple[Array, ...]:
-    """See `xla.fwd`, with `ring` `ring_blocks`. `interpret`: parameters of the interpreter."""
+) -> Carry:
+    """See `xla.fwd`. `interpret`: parameters of the interpreter, for tests."""
     tile = (tiles or _tiles(spec)).forward
     axes = varying_axes(q, k, v, lo, hi, *(carry or ()))
     visible = _visible(spec, lo, hi, tile, row_bounds)
@@ -71,14 +62,11 @@ def fwd(
     wide = _table_width(spec)
     # What TMA alone reads and writes needs no whole tiles.
     plain = carry is not None or spec.out_dtype != q.dtype or _padded_width(v.shape[3]) != wide
-    rows = tile.q if plain else _box(q, ROWS)
-    keys = tile.kv if ring else _box(k, tile.kv)
+    rows, keys = tile.q if plain else _box(q, ROWS), _box(k, tile.kv)
     q, k, v = _pad(q, rows, wide), _pad(k, keys, wide), _pad(v, keys)
-    o, lse, *kv = forward(
-        q, k, v, visible, carry, spec=spec, tiles=tile, ring=ring, interpret=interpret
-    )
+    o, lse = forward(q, k, v, visible, carry, spec=spec, tiles=tile, interpret=interpret)
     o, lse = o[:, : spec.q_length, :, : spec.value_width], lse[..., : spec.q_length]
-    return unify_varying((o, lse, *_keys(spec, *kv)), axes)
+    return unify_varying((o, lse), axes)
 
 
 def bwd(
@@ -94,14 +82,9 @@ def bwd(
     *,
     spec: Spec,
     tiles: GpuTiles | None = None,
-    ring: Ring | None = None,
-    keys_travel: bool = False,
     interpret: Any = None,
-) -> tuple[Array, ...]:
-    """See `xla.bwd`, with `ring` `ring_blocks`.
-
-    The interpreter knows no reductions: there it must be deterministic.
-    """
+) -> Gradients:
+    """See `xla.bwd`. The interpreter knows no reductions: there it must be deterministic."""
     tiles = tiles or _tiles(spec)
     axes = varying_axes(q, k, v, lo, hi, do, lse, delta, *accumulate)
     scale = math.log2(probability_scale(spec))
@@ -120,17 +103,16 @@ def bwd(
         if x is not None
     }
 
-    def by_keys(dq: Any) -> tuple[Array, ...]:
+    def by_keys(dq: Any) -> tuple[Array, Array]:
         visible = _visible(spec, lo, hi, tiles.keys, column_bounds)
         some = {name: x for name, x in sums.items() if name != "dq"}
         args = (q, k, v, visible, do, lse, minus_delta)
-        how: dict[str, Any] = {"spec": spec, "tiles": tiles.keys, "interpret": interpret}
+        how = {"spec": spec, "tiles": tiles.keys, "interpret": interpret}
         if tiles.passes == "roles":
             written = backward_keys_by_role(*args, some, **how)
         else:
-            how |= {"ring": ring, "keys_travel": keys_travel}
             written = backward_keys(*args, dq, some, **how)
-        return written if len(written) > 1 else (written[0][0], written[0][1])
+        return written if len(written) == 2 else (written[0][0], written[0][1])
 
     if tiles.passes == "together" and not spec.deterministic:
         if "dq" in sums:
@@ -138,7 +120,7 @@ def bwd(
         else:  # tied to this call, else XLA makes the zeros of several calls at once
             zero, lse = lax.optimization_barrier((jnp.zeros((), jnp.float32), lse))
             ref = jax.new_ref(jnp.full(q.shape, zero))
-        dk, dv, *kv = by_keys(ref)
+        dk, dv = by_keys(ref)
         dq = jax.freeze(ref)
         dq = dq if "dq" in sums else dq.astype(spec.out_dtype)
     else:
@@ -147,20 +129,16 @@ def bwd(
             q, k, v, visible, do, lse, minus_delta, sums.get("dq"),
             spec=spec, tiles=tiles.rows, interpret=interpret,
         )  # fmt: skip
-        dk, dv, *kv = by_keys(None)
-    dq = dq[:, : spec.q_length, :, : spec.key_width]
-    return unify_varying((dq, *_keys(spec, dk, dv), *_keys(spec, *kv)), axes)
-
-
-def sends(spec: Spec, tiles: GpuTiles | None) -> bool:
-    """Whether the backward of this call can hand on keys and gradients itself."""
-    return not spec.deterministic and (tiles or _tiles(spec)).passes == "together"
-
-
-def _keys(spec: Spec, *pair: Array) -> Iterator[Array]:
-    """Keys and values, or their gradients, without what they were padded with."""
-    for x, width in zip(pair, (spec.key_width, spec.value_width), strict=False):
-        yield x[:, : spec.kv_length, :, :width]
+        dk, dv = by_keys(None)
+    dq, dk, dv = (
+        x[:, :length, :, :width]
+        for x, length, width in (
+            (dq, spec.q_length, spec.key_width),
+            (dk, spec.kv_length, spec.key_width),
+            (dv, spec.kv_length, spec.value_width),
+        )
+    )
+    return unify_varying((dq, dk, dv), axes)
 
 
 def _tiles(spec: Spec) -> GpuTiles:

@@ -1,8 +1,7 @@
 """The backward pass on Hopper over key tiles: dk and dv, and dq by reduction.
 
 A block owns `64 n` keys of one key/value head:
-    grid        (head groups, key tiles, heads of a group), heavy key tiles first. In a ring a few
-                blocks come before them, which hand on the keys, and the gradients as they are made
+    grid        (head groups, key tiles, heads of a group), heavy key tiles first
     SMEM        k, v: 64 keys per warpgroup; q, do, lse, -delta: rings of query tiles;
                 ds of all the block's keys, twice; dq: the part of each warpgroup
     registers   per compute warpgroup: dk [64, D] and dv [64, E] float32, p^T and ds^T [64, q]
@@ -42,8 +41,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     walk_rows,
     write_gradient,
 )
-from pallas_kernels.flash_attention.gpu_send import SENDERS, Done, Next
-from pallas_kernels.flash_attention.tiles import KernelTiles, Ring, Spec
+from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 
 
 def backward_keys(
@@ -59,16 +57,13 @@ def backward_keys(
     *,
     spec: Spec,
     tiles: KernelTiles,
-    ring: Ring | None = None,
-    keys_travel: bool = False,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
     """dk `[B, S, K, D]` and dv `[B, S, K, E]`, added to `sums["dk"]` and `sums["dv"]` if given.
 
     lse is in base 2, less that of `probability_scale`, and inf for rows that see nothing. dq: None
     or a float32 ref `[B, T, H, D]`, to which the gradient of q is added. One array `[2, B, S, K,
-    D]` if `key_gradients` says so. With `ring` dk and dv are those of the device before, of
-    `spec.out_dtype`; then come its k and v, if `keys_travel`.
+    D]` if `key_gradients` says so.
     """
     batch, length, _, width = q.shape
     kv_length, kv_heads = k.shape[1:3]
@@ -85,13 +80,6 @@ def backward_keys(
         )
     shape = (ROWS, tiles.q)
     through_smem = not sums and spec.out_dtype == v.dtype and width == value_width
-    gradients, arriving, senders = key_gradients(k, v, sums, spec), (), 0
-    if ring:
-        gradients = tuple(jax.ShapeDtypeStruct(x.shape, spec.out_dtype) for x in (k, v))
-        keys = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)) if keys_travel else ()
-        arriving, senders = (*gradients, *keys), SENDERS
-    key_tiles = kv_length // tiles.kv
-    blocks = batch * kv_heads * key_tiles
     arrays, structure = jax.tree.flatten((q, k, v, visible, do, lse, minus_delta, dq, sums))
 
     def kernel(*refs):
@@ -101,47 +89,18 @@ def backward_keys(
         *written, own_smem, rings, ds_smem, dq_smem, full, empty, ds_ready, spare = refs[
             len(arrays) :
         ]
-        written, to_arrive = written[: len(gradients)], written[len(gradients) :]
-        block = lax.axis_index("block") - senders
         k_smem, v_smem = own_smem
         q_smem, lse_smem, minus_delta_smem, do_smem = rings
         kv_full, q_full, do_full = full
         q_empty, do_empty = empty
+        index = lax.axis_index("group") * heads_per_group + lax.axis_index("head")
+        b, kv_head = lax.div(index, kv_heads), lax.rem(index, kv_heads)
+        tile = lax.axis_index("tile")
         warpgroup = lax.axis_index("warpgroup")
 
-        def place(block):
-            """The row of the batch, the key head and the tile of keys of a block."""
-            group, rest = (f(block, key_tiles * heads_per_group) for f in (lax.div, lax.rem))
-            index = group * heads_per_group + lax.rem(rest, heads_per_group)
-            b, kv_head = lax.div(index, kv_heads), lax.rem(index, kv_heads)
-            return b, kv_head, lax.div(rest, heads_per_group)
-
-        b, kv_head, tile = place(block)
         walk = functools.partial(walk_rows, spec, tiles, ranges, b, kv_head, tile)
-        loads, computes = warpgroup == warpgroups, warpgroup < warpgroups
-        if ring:
-            neighbour, done = Next(ring), Done(blocks * warpgroups)
 
-            def keys_of(share):
-                """Where the keys of a warpgroup of a block lie."""
-                b, kv_head, tile = place(lax.div(share, warpgroups))
-                first = tile * tiles.kv + lax.rem(share, warpgroups) * ROWS
-                return b, pl.ds(first, ROWS), kv_head
-
-            @pl.when(block < 0)
-            def _send():
-                workers = senders * (warpgroups + 1)
-                worker = (block + senders) * (warpgroups + 1) + warpgroup
-                pairs = list(zip((*written, k_gmem, v_gmem), to_arrive, strict=False))
-                shares = blocks * warpgroups
-                send = functools.partial(neighbour.send, worker, workers, shares, keys_of)
-                send(pairs[2:])
-                send(pairs[:2], done.wait)
-                neighbour.finish(workers)
-
-            loads, computes = loads & (block >= 0), computes & (block >= 0)
-
-        @pl.when(loads)
+        @pl.when(warpgroup == warpgroups)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             for w in range(warpgroups):
@@ -166,7 +125,7 @@ def backward_keys(
             awaited(q_empty, steps, stages)
             awaited(do_empty, steps, stages)
 
-        @pl.when(computes)
+        @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             first_key = tile * tiles.kv + warpgroup * ROWS
@@ -276,15 +235,13 @@ def backward_keys(
             through = v_smem.at[warpgroup] if through_smem else None  # no one else reads it
             for name, value in (("dk", dk * rest), ("dv", dv / probability_scale(spec))):
                 write_gradient(written, value, sums_gmem, name, at, through)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=ring is None)
-            if ring:
-                done.tell(block * warpgroups + warpgroup)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     numbers = functools.partial(smem, dtype=jnp.float32)
-    outputs = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
-        out_type=(*gradients, *arriving),
+        out_type=key_gradients(k, v, sums, spec),
         scratch_types=(
             (operand(warpgroups, ROWS, width), operand(warpgroups, ROWS, value_width)),
             (
@@ -310,12 +267,11 @@ def backward_keys(
                 numbers(warpgroups, ROWS, value_width),
             ),
         ),
-        grid=(senders + blocks,),
-        grid_names=("block",),
+        grid=(batch * kv_heads // heads_per_group, kv_length // tiles.kv, heads_per_group),
+        grid_names=("group", "tile", "head"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         # Nothing that a thread stores to SMEM is read back by it, other than in the interpreter.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(*arrays)
-    return outputs[len(gradients) :] if ring else outputs

@@ -1,8 +1,7 @@
 """The forward pass on Hopper: n compute warpgroups, of 64 query rows each, and one for TMA.
 
     grid        (head groups, runs of query tiles, heads of a group): the keys and values of the
-                heads that run side by side stay in L2; heavy query tiles first. In a ring a few
-                blocks come before them, which hand on the keys and values
+                heads that run side by side stay in L2; heavy query tiles first
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
@@ -47,8 +46,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     smem,
     tile_bounds,
 )
-from pallas_kernels.flash_attention.gpu_send import SENDERS, Next
-from pallas_kernels.flash_attention.tiles import KernelTiles, Ring, Spec
+from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 
 
 def forward(
@@ -60,14 +58,11 @@ def forward(
     *,
     spec: Spec,
     tiles: KernelTiles,
-    ring: Ring | None = None,
     interpret: Any = None,
-) -> tuple[Array, ...]:
+) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
     """o `[B, T, H, E]` and lse `[B, H, whole tiles]`; spec has the true lengths.
 
-    With `ring` also the k and v of the device before.
-
-    D and E are multiples of 64, S one of 8 that holds a tile, in a ring one of 64. T is whole tiles where there is a
+    D and E are multiples of 64, S one of 8 that holds a tile. T is whole tiles where there is a
     carry, or o has another dtype or width than q; else a multiple of 8 that holds 64 rows.
     """
     batch, length, heads, key_width = q.shape
@@ -82,22 +77,18 @@ def forward(
     room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
     in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
     run = tiles.run if in_runs else 1
-    runs, senders = pl.cdiv(count, run), SENDERS if ring else 0
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
     def kernel(*refs):
         q_gmem, k_gmem, v_gmem, ranges, o_in, lse_in = jax.tree.unflatten(
             structure, refs[: len(arrays)]
         )
-        o_gmem, lse_gmem, *arriving, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[
-            len(arrays) :
-        ]
+        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[len(arrays) :]
         q_full, k_full, v_full = full
         q_empty, k_empty, v_empty, turn = empty
-        block = lax.axis_index("block") - senders
-        index = lax.div(block, runs * group) * group + lax.rem(block, group)
+        index = lax.axis_index("group") * group + lax.axis_index("head")
         b, h = lax.div(index, heads), lax.rem(index, heads)
-        latest = count - 1 - lax.rem(lax.div(block, group), runs) * run
+        latest = count - 1 - lax.axis_index("run") * run
         warpgroup = lax.axis_index("warpgroup")
 
         def walk(visit):
@@ -118,26 +109,7 @@ def forward(
                 return one(0, 0)
             return lax.fori_loop(0, jnp.minimum(run, latest + 1), one, jnp.int32(0))
 
-        loads, computes = warpgroup == warpgroups, warpgroup < warpgroups
-        if ring:
-            neighbour = Next(ring)
-            kv_heads, per_head = k.shape[2], k.shape[1] // ROWS
-
-            def place(tile):
-                index, rows = lax.div(tile, per_head), pl.ds(lax.rem(tile, per_head) * ROWS, ROWS)
-                return lax.div(index, kv_heads), rows, lax.rem(index, kv_heads)
-
-            @pl.when(block < 0)
-            def _send():
-                workers = senders * (warpgroups + 1)
-                worker = (block + senders) * (warpgroups + 1) + warpgroup
-                pairs = list(zip((k_gmem, v_gmem), arriving, strict=True))
-                neighbour.send(worker, workers, batch * kv_heads * per_head, place, pairs)
-                neighbour.finish(workers)
-
-            loads, computes = loads & (block >= 0), computes & (block >= 0)
-
-        @pl.when(loads)
+        @pl.when(warpgroup == warpgroups)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
             rings = (k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)
@@ -173,7 +145,7 @@ def forward(
             for w in range(warpgroups if run > 1 else 0):
                 plgpu.barrier_wait(q_empty.at[w])
 
-        @pl.when(computes)
+        @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             q_own = q_smem.at[warpgroup]
@@ -293,13 +265,12 @@ def forward(
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
     one_each = functools.partial(plgpu.Barrier, num_barriers=warpgroups)
-    of_ring = functools.partial(plgpu.Barrier, num_barriers=stages)
+    ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     return plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, width), spec.out_dtype),
             jax.ShapeDtypeStruct((batch, heads, count * tiles.q), jnp.float32),
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ((k, v) if ring else ())),
         ),
         scratch_types=(
             (
@@ -308,11 +279,11 @@ def forward(
                 operand(stages, tiles.kv, width),
             ),
             None if run == 1 else operand(warpgroups, ROWS, width),
-            (one_each(), of_ring(), of_ring()),
+            (one_each(), ring(), ring()),
             (
                 one_each(),
-                of_ring(num_arrivals=warpgroups),
-                of_ring(num_arrivals=warpgroups),
+                ring(num_arrivals=warpgroups),
+                ring(num_arrivals=warpgroups),
                 one_each(),
             ),
             (None, None)
@@ -322,8 +293,8 @@ def forward(
                 smem(warpgroups, ROWS, width, dtype=jnp.float32),
             ),
         ),
-        grid=(senders + batch * heads * runs,),
-        grid_names=("block",),
+        grid=(batch * heads // group, pl.cdiv(count, run), group),
+        grid_names=("group", "run", "head"),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -63,19 +63,6 @@ XLA_TILES = Tiles(q=512, kv=512)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """Devices along a mesh axis, each of which hands on to the one `stride` places behind it."""
-
-    axis: str
-    devices: int
-    stride: int = 1
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """(source, target) of every move."""
-        return [(p, (p + self.stride) % self.devices) for p in range(self.devices)]
-
-
-@dataclasses.dataclass(frozen=True)
 class KernelTiles(Tiles):
     """Tiles of one Hopper kernel: of `q` rows and `kv` keys; 64 of one of them per warpgroup."""
 

@@ -80,15 +80,13 @@ def check_errors(rows, sharded):
 
 @pytest.mark.slow
 def test_a_ring_is_measured_in_three_parts(monkeypatch, clock, tmp_path):
-    what = ("--groups", "ideal", "--kernels-send")
-    assert run(monkeypatch, command, *SMALL, *what, "--out", tmp_path) == 0
+    assert run(monkeypatch, command, *SMALL, "--groups", "ideal", "--out", tmp_path) == 0
     rows = read_rows(tmp_path / "ring_ideal.jsonl")
-    assert [row["name"] for row in rows if "of_ideal" in row] == ["ring", "sending_ring"] * 2
-    assert [row["of_ideal"] for row in rows if "of_ideal" in row] == [0.5] * 4
-    assert [row["of_replicas"] for row in rows if "of_replicas" in row] == [0.5] * 4
+    assert [row["of_ideal"] for row in rows if "of_ideal" in row] == [0.5] * 2
+    assert [row["of_replicas"] for row in rows if "of_replicas" in row] == [0.5] * 2
     assert [row["overlap"] for row in rows if "overlap" in row] == [(3 + 2 - 4) / 2] * 2
-    check_errors(rows, 2)
-    assert len(list(lines.ring(rows))) == 12
+    check_errors(rows, 1)
+    assert len(list(lines.ring(rows))) == 7
 
 
 @pytest.mark.slow

@@ -108,7 +108,6 @@ def parse() -> argparse.Namespace:
     add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     add("--batches", type=int, default=9, help="of calls, whose median is taken")
     add("--models", nargs="+", choices=MODELS, default=MODELS)
-    add("--kernels-send", action="store_true", help="such a ring; in ideal and timeline, too")
     add("--fsdp-over-seq", action="store_true", help="parameters split over the devices, training")
     add("--chunk", type=int, help="tokens that pass an MLP at once, in training and trace; 1024")
     add("--tries", type=int, default=8, help="of longest: lengths to run, a 64th apart")

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import itertools
+import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.bench._timing import REFUSALS, timed_batch
-from experiments.bench.ring.programs import ONE_DEVICE, PASSES, SENDING, Case
+from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
 from longctx.compiler import training_options
 from longctx.device.programs import compile_all
 from pallas_kernels.flash_attention import flash_attention
@@ -45,8 +46,6 @@ def ideal_cases(options: argparse.Namespace) -> Iterator[Case]:
             yield from (case(name, devices) for name in singles())
             for part in ("full", "compute", "communication"):
                 yield case("ring", devices, part)
-            if options.kernels_send:
-                yield case(SENDING, devices)
 
 
 def strategy_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -108,7 +107,7 @@ def compiled(
     """The programs, or what compiling one raised; and the options of XLA."""
     lowerings = (functools.partial(case.lower, jax.devices()) for case in todo)
     with jax.set_mesh(todo[-1].mesh(jax.devices())):
-        xla = training_options(kernels_send=options.kernels_send) | dict(options.xla)
+        xla = training_options() | dict(options.xla)
     return dict(zip(todo, compile_all(lowerings, REFUSALS, xla), strict=True)), xla
 
 
@@ -117,8 +116,9 @@ def time_in_turn(
 ) -> Iterator[tuple[Case, list[float] | BaseException]]:
     """Milliseconds of programs that are compared, batch by batch, or why one failed.
 
-    Their batches take turns: GPUs near their power limit run faster and slower, by some percent
-    from one half second to the next.
+    Their batches take turns, every time in another order: at their power limit GPUs slow down,
+    by up to 18%, for a part of a second after a change of load, and in a fixed order that part
+    would always be the same program's.
     """
     found: dict[Case, BaseException] = {}
     ready: dict[Case, Callable[[], float]] = {}
@@ -130,10 +130,13 @@ def time_in_turn(
             ready[case] = timed_batch(program, *args, batch_ms=BATCH_MS)
         except REFUSALS as failure:
             found[case] = failure
-    times = [{case: batch() for case, batch in ready.items()} for _ in range(batches)]
+    times: dict[Case, list[float]] = {case: [] for case in ready}
+    shuffled = random.Random(0)
+    for _ in range(batches):
+        for case in shuffled.sample(list(ready), len(ready)):
+            times[case].append(ready[case]())
     for case in programs:
-        failure = found.get(case)
-        yield case, failure or [turn[case] for turn in times]
+        yield case, found.get(case) or times[case]
 
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:

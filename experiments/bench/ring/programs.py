@@ -21,7 +21,6 @@ WIDTH = 128
 PASSES = ("forward", "forward_backward")
 STRATEGIES = ("ring", "all_gather", "ulysses", "usp")
 ONE_DEVICE = ("cudnn", "ours")
-SENDING = "sending_ring"  # whose kernels move what travels
 
 
 class Case(NamedTuple):
@@ -31,7 +30,7 @@ class Case(NamedTuple):
     heads: int
     kv_heads: int
     which: str  # of PASSES
-    name: Any  # of STRATEGIES or ONE_DEVICE, or SENDING
+    name: Any  # of STRATEGIES, or of ONE_DEVICE
     devices: int = 1
     part: str = "full"  # or "compute" or "communication"
 
@@ -54,10 +53,6 @@ class Case(NamedTuple):
 
     def operator(self) -> Callable[..., Any]:
         """Of q, k and v."""
-        if self.name == SENDING:
-            return functools.partial(
-                context_attention, strategy="ring", layout=self.layout, kernels_send=True
-            )
         if self.name not in ONE_DEVICE:
             return functools.partial(context_attention, strategy=self.name, layout=self.layout)
         attend = flash_attention

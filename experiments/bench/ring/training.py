@@ -70,13 +70,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     lengths = options.per_device or PER_DEVICE
     runs = models(options.smoke, options.chunk)
     found = {name: runs[name] for name in options.models}
-    split, send = options.fsdp_over_seq, options.kernels_send
-
-    def config(run: RunConfig, devices: int, local: int) -> RunConfig:
-        return over(run, devices, local, fsdp_over_seq=split, kernels_send=send and devices > 1)
-
+    split = options.fsdp_over_seq
     configs = {
-        (name, devices): [config(run, devices, local) for local in lengths]
+        (name, devices): [over(run, devices, local, fsdp_over_seq=split) for local in lengths]
         for name, run in found.items()
         for devices in options.devices
     }
@@ -90,7 +86,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for local, row in zip(lengths, rows, strict=True):
             row = {"group": "training", **row, "devices": devices, "per_device": local}
             row |= {"chunk": found[name].model.mlp.chunk, "fsdp_over_seq": split}
-            row |= {"kernels_send": send, "xla": dict(options.xla)}
+            row |= {"xla": dict(options.xla)}
             if "failed" not in row:
                 speed = row["tokens_per_second"] / devices
                 first = alone.setdefault((name, local), speed)

@@ -28,33 +28,31 @@ def documents(batch, length, cuts, seed=0):
     return start
 
 
-def value_and_gradients(function, args, cotangents):
+def value_and_gradients(function, args, cotangents, options=QUICK_COMPILE):
     """Flat list: outputs of `function(*args)` and the cotangents' pull-back."""
-    return with_gradients(function, QUICK_COMPILE)(args, cotangents)
-
-
-def with_gradients(function, options):
-    """The program of `value_and_gradients`."""
 
     def run(args, cotangents):
         out, pullback = jax.vjp(function, *args)
         return [*jax.tree.leaves(out), *pullback(cotangents)]
 
-    return jax.jit(run, compiler_options=options)
+    return jax.jit(run, compiler_options=options)(args, cotangents)
 
 
-def on_mesh(function, args, cotangents, layout: Layout, devices: int, time_axis, **mesh):
+def on_mesh(
+    function,
+    args,
+    cotangents,
+    layout: Layout,
+    devices: int,
+    time_axis,
+    compiled=lambda: QUICK_COMPILE,
+    **mesh,
+):
     """`value_and_gradients` over `devices` along seq, in `layout`; results in position order.
 
-    `time_axis` gives, for every argument and every result, its axis of time, or None.
+    `time_axis` gives, for every argument and every result, its axis of time, or None; `compiled`
+    gives the options of the compiler, under the mesh.
     """
-    run = with_gradients(function, QUICK_COMPILE)
-    (got,) = runs_on_mesh(run, 1, args, cotangents, layout, devices, time_axis, **mesh)
-    return got
-
-
-def runs_on_mesh(run, count, args, cotangents, layout, devices, time_axis, **mesh):
-    """Results of so many runs of `with_gradients`, no two at the same place."""
     outputs = len(jax.tree.leaves(cotangents))
     to, back = time_axis[: len(args)], time_axis[len(args) :]
 
@@ -62,13 +60,18 @@ def runs_on_mesh(run, count, args, cotangents, layout, devices, time_axis, **mes
         return x if axis is None else layout.apply(x, axis)
 
     with jax.set_mesh(make_mesh(seq=devices, **mesh)):
-        args = tuple(map(lay_out, args, to))
-        leaves, structure = jax.tree.flatten(cotangents)
-        cotangents = jax.tree.unflatten(structure, map(lay_out, leaves, back[:outputs]))
-        found = [run(args, cotangents) for _ in range(count)]
-        found = jax.tree.map(np.asarray, found)
-    for got in found:
-        yield [x if a is None else layout.invert(x, a) for x, a in zip(got, back, strict=True)]
+        got = value_and_gradients(
+            function,
+            tuple(map(lay_out, args, to)),
+            jax.tree.unflatten(
+                jax.tree.structure(cotangents),
+                map(lay_out, jax.tree.leaves(cotangents), back[:outputs]),
+            ),
+            compiled(),
+        )
+        got = jax.tree.map(np.asarray, got)
+    assert len(got) == len(back)
+    return [x if a is None else layout.invert(x, a) for x, a in zip(got, back, strict=True)]
 
 
 def errors(got, want):

@@ -18,13 +18,12 @@ from longctx.parallel import Layout, context_attention, make_mesh
 from pallas_kernels.flash_attention import flash_attention
 from tests.harness import assert_close
 from tests.longctx.parallel.cases import (
+    QUICK_COMPILE,
     documents,
     draw,
     errors,
     on_mesh,
-    runs_on_mesh,
     value_and_gradients,
-    with_gradients,
 )
 
 # Time axes of q, k, v, then of o, lse, dq, dk, dv.
@@ -70,12 +69,15 @@ def exact(
     return [o, lse, np.einsum("bhts,bshd->bthd", ds, k), dk, dv]
 
 
-def sharded(args, cotangents, layout, devices, *, doc_start=None, mesh=None, **options):
+def sharded(
+    args, cotangents, layout, devices, *,
+    doc_start=None, mesh=None, compiled=lambda: QUICK_COMPILE, **options,
+):  # fmt: skip
     start = None if doc_start is None else jnp.asarray(layout.apply(doc_start))
     attend = functools.partial(
         context_attention, layout=layout, doc_start=start, return_lse=True, **options
     )
-    return on_mesh(attend, args, cotangents, layout, devices, TIME, **(mesh or {}))
+    return on_mesh(attend, args, cotangents, layout, devices, TIME, compiled, **(mesh or {}))
 
 
 CASES = {
@@ -86,18 +88,6 @@ CASES = {
     "ring, head groups, packed": ("ring", Layout("zigzag", 4), {"head_groups": 2, "cuts": 2}),
     "ring, not causal": ("ring", Layout("zigzag", 4), {"causal": False}),
     "ring, layout of fewer ranks": ("ring", Layout("zigzag", 2), {}),
-    "ring, kernels send, packed": ("ring", Layout("zigzag", 4), {"kernels_send": True, "cuts": 3}),
-    "ring, kernels send, contiguous, window": (
-        "ring",
-        Layout("contiguous", 4),
-        {"kernels_send": True, "window": 10},
-    ),
-    "ring, kernels send, head groups": (
-        "ring",
-        Layout("striped", 4),
-        {"kernels_send": True, "head_groups": 2},
-    ),
-    "usp, kernels send": ("usp", Layout("zigzag", 2), {"kernels_send": True}),
     "all_gather, zigzag, packed": ("all_gather", Layout("zigzag", 4), {"cuts": 3}),
     "all_gather, striped, window": ("all_gather", Layout("striped", 4), {"window": 9}),
     "all_gather, not causal": ("all_gather", Layout("contiguous", 4), {"causal": False}),
@@ -125,12 +115,11 @@ SLOW = (
 def test_four_devices_equal_one(name):
     strategy, layout, options = CASES[name]
     options = dict(options)
-    cuts = options.pop("cuts", 0)
-    how = {name: options.pop(name) for name in ("head_groups", "kernels_send") if name in options}
+    cuts, groups = options.pop("cuts", 0), options.pop("head_groups", 1)
     options["doc_start"] = documents(1, 32, cuts) if cuts else None
     args, cotangents = operands()
     want = exact(args, cotangents, **options)
-    options |= {"strategy": strategy} | how
+    options |= {"strategy": strategy, "head_groups": groups}
     got = sharded(args, cotangents, layout, 4, backend="reference", **options)
     assert max(errors(got, want)) < 5e-7
 
@@ -138,24 +127,17 @@ def test_four_devices_equal_one(name):
 @pytest.mark.skipif(
     jax.default_backend() != "gpu" or jax.device_count() < 2, reason="needs two NVIDIA GPUs"
 )
-@pytest.mark.parametrize("kernels_send", [False, True])
 @pytest.mark.parametrize(("kind", "cuts"), [("zigzag", 0), ("contiguous", 3)])
-def test_two_gpus_equal_one(kind, cuts, kernels_send):
-    """Four runs whose results are all kept, so that each has other addresses."""
+def test_two_gpus_equal_one(kind, cuts):
+    """With the options of training, by which GPUs move arrays from memory to memory."""
     *args, do = draw([(1, 4096, h, 128) for h in (8, 2, 2, 8)], jnp.bfloat16)
     doc_start = documents(1, 4096, cuts) if cuts else None
     alone = functools.partial(flash_attention, lo=doc_start, return_lse=True)
     cotangents = do, jnp.ones((1, 8, 4096))
     wanted = value_and_gradients(alone, args, cotangents)
-    layout = Layout(kind, 2)
-    attend = functools.partial(
-        context_attention, strategy="ring", layout=layout, kernels_send=kernels_send,
-        doc_start=None if doc_start is None else layout.apply(doc_start), return_lse=True,
-    )  # fmt: skip
-    with jax.set_mesh(make_mesh(seq=2)):
-        run = with_gradients(attend, training_options(kernels_send=kernels_send))
-    for got in runs_on_mesh(run, 4, args, cotangents, layout, 2, TIME):
-        assert_close(got, wanted, 5e-3)
+    how = {"strategy": "ring", "doc_start": doc_start, "compiled": training_options}
+    got = sharded(args, cotangents, Layout(kind, 2), 2, **how)
+    assert_close(got, wanted, 5e-3)
 
 
 def test_production_blocks_heads_on_tensor_batch_on_data():
