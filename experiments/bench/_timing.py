@@ -1,9 +1,10 @@
 """Timing jitted functions."""
 
 import functools
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +23,15 @@ REFUSALS = (
     ValueError,
 )
 
-__all__ = ["REFUSALS", "device_info", "read_rows", "time_ms", "timed_batch", "write_rows"]
+__all__ = [
+    "REFUSALS",
+    "device_info",
+    "in_turn",
+    "read_rows",
+    "time_ms",
+    "timed_batch",
+    "write_rows",
+]
 
 
 def time_ms(
@@ -72,3 +81,20 @@ def timed_batch(
     alone = batch(1)
     calls = max(1, int(batch_ms / (alone if alone > batch_ms / 2 else batch(3))))
     return functools.partial(batch, calls)
+
+
+def in_turn[Name](
+    batches: Mapping[Name, Callable[[], float]], count: int
+) -> dict[Name, list[float]]:
+    """Milliseconds of programs that are compared: `count` batches (`timed_batch`) of each.
+
+    They take turns, every time in another order: at their power limit GPUs slow down, by up to
+    18%, for a part of a second after a change of load, and in a fixed order that part would always
+    be the same program's.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in batches}
+    shuffled = random.Random(0)
+    for _ in range(count):
+        for name in shuffled.sample(list(batches), len(batches)):
+            found[name].append(batches[name]())
+    return found

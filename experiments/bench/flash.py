@@ -9,13 +9,14 @@ errors against float64 on short rows. Off a GPU, small ones.
 
 Peers: cuDNN through `jax.nn.dot_product_attention`; tokamax's Mosaic and Triton kernels where it
 is installed; jax's own Pallas kernels. One that is absent or refuses is named in the output. Times
-are medians of warm, queued calls in one process, and TFLOP/s count 4 D per seen pair forward and
-2.5 times that backward. Writes JSONL and, of `dense`, a plot beside it; prints the rows, and what
-they must show.
+are medians of warm, queued calls that take turns in one process, and TFLOP/s count 4 D per seen
+pair forward and 2.5 times that backward. Writes JSONL and, of `dense`, a plot beside it; prints the
+rows, and what they must show.
 """
 
 import argparse
 import importlib.util
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ import jax.numpy as jnp
 from experiments.bench._claims import claims_table
 from experiments.bench._flash_peers import IMPLEMENTATIONS, Shape, ours, with_gradients
 from experiments.bench._flash_report import claims, plot, table
-from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
+from experiments.bench._timing import REFUSALS, in_turn, read_rows, timed_batch, write_rows
 from longctx.device.programs import compile_all
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")
+BATCH_MS, TURNS = 40.0, 11  # of queued calls, and how many such batches; 3 of long calls
 ALL, RIVALS = tuple(IMPLEMENTATIONS), ("ours", "cudnn", "tokamax")
 PEERS = {"dense": ALL, "gqa": ALL, "errors": ALL, "long": ("ours",)}  # elsewhere the rivals
 
@@ -105,7 +107,16 @@ def measure(group: str, shape: Shape, calls: dict[str, Compiled]) -> Iterator[di
     """One row for each implementation."""
     inputs = shape.inputs()
     work = shape.teraflop()
-    batches = 7 if work < 50 else 3
+    passes = {"forward": inputs[:3], "both": inputs}
+    times = in_turn(
+        {
+            (name, what): timed_batch(program, *args, batch_ms=BATCH_MS)
+            for name, call in calls.items()
+            for (what, args), program in zip(passes.items(), call[:2], strict=True)
+            if program is not None and group != "errors"
+        },
+        TURNS if work < 50 else 3,
+    )
     for name, call in calls.items():
         row = {**shape._asdict(), "group": group, "implementation": name}
         if call.forward is None or call.both is None:
@@ -115,11 +126,10 @@ def measure(group: str, shape: Shape, calls: dict[str, Compiled]) -> Iterator[di
             yield {**row, "errors": errors(call.both(*inputs), shape)}
             continue
         row["temporary_bytes"] = call.temporary_bytes
-        row["forward_ms"] = time_ms(call.forward, *inputs[:3], batches=batches)
-        row["both_ms"] = time_ms(call.both, *inputs, batches=batches)
-        backward = row["both_ms"] - row["forward_ms"]
-        row["forward_tflops"] = work / row["forward_ms"] * 1e3
-        row["backward_tflops"] = 2.5 * work / backward * 1e3
+        forward, both = (statistics.median(times[name, what]) for what in passes)
+        row |= {"forward_ms": forward, "both_ms": both}
+        row["forward_tflops"] = work / forward * 1e3
+        row["backward_tflops"] = 2.5 * work / (both - forward) * 1e3
         yield row
 
 

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import itertools
-import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.bench._timing import REFUSALS, timed_batch
+from experiments.bench._timing import REFUSALS, in_turn, timed_batch
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
 from longctx.compiler import training_options
 from longctx.device.programs import compile_all
@@ -114,12 +113,7 @@ def compiled(
 def time_in_turn(
     programs: Mapping[Case, Any], batches: int
 ) -> Iterator[tuple[Case, list[float] | BaseException]]:
-    """Milliseconds of programs that are compared, batch by batch, or why one failed.
-
-    Their batches take turns, every time in another order: at their power limit GPUs slow down,
-    by up to 18%, for a part of a second after a change of load, and in a fixed order that part
-    would always be the same program's.
-    """
+    """Milliseconds of programs that are compared, batch by batch, or why one failed."""
     found: dict[Case, BaseException] = {}
     ready: dict[Case, Callable[[], float]] = {}
     for case, program in programs.items():
@@ -130,11 +124,7 @@ def time_in_turn(
             ready[case] = timed_batch(program, *args, batch_ms=BATCH_MS)
         except REFUSALS as failure:
             found[case] = failure
-    times: dict[Case, list[float]] = {case: [] for case in ready}
-    shuffled = random.Random(0)
-    for _ in range(batches):
-        for case in shuffled.sample(list(ready), len(ready)):
-            times[case].append(ready[case]())
+    times = in_turn(ready, batches)
     for case in programs:
         yield case, found.get(case) or times[case]
 
