@@ -12,7 +12,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,33 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
 
 
+class Running:
+    """A model that trains on random tokens; its steps at all lengths share one state."""
+
+    def __init__(self, config: RunConfig, mesh: jax.sharding.Mesh):
+        self.mesh, self.rng = mesh, np.random.default_rng(0)
+        with jax.set_mesh(mesh):
+            self.state = create_state(config, mesh)
+
+    def steps(self, config: RunConfig, step: jax.stages.Compiled) -> Callable[..., float]:
+        """A function that runs so many warm steps, queued, and returns the seconds of one.
+
+        Raises:
+          JaxRuntimeError: the step does not fit; the state is lost.
+        """
+        batch = random_batch(config, self.rng, self.mesh)
+
+        def run(count: int = 1) -> float:
+            began, metrics = time.perf_counter(), None
+            for _ in range(count):
+                self.state, metrics = step(self.state, batch)
+            jax.block_until_ready((self.state, metrics))
+            return (time.perf_counter() - began) / count
+
+        run()
+        return run
+
+
 def time_steps(
     name: str,
     configs: Sequence[RunConfig],
@@ -131,46 +158,44 @@ def time_steps(
     mesh: jax.sharding.Mesh,
     repeats: int = STEPS,
 ) -> Iterator[Row]:
-    """Time one model's compiled steps at all lengths; they share one training state."""
-    rng = np.random.default_rng(0)
-
-    def new_state() -> Any:
-        with jax.set_mesh(mesh):
-            return create_state(configs[0], mesh)
-
-    state = new_state()
-    parameters = count_parameters(configs[0].model)
+    """Time one model's compiled steps at all lengths."""
+    running = Running(configs[0], mesh)
     for config, step in zip(configs, compiled, strict=True):
-        batch = random_batch(config, rng, mesh)
-        length, tokens = config.data.sequence_length, config.tokens_per_step
-        row: dict[str, Any] = {
-            "model": name,
-            "parameters": parameters,
-            "length": length,
-            "tokens": tokens,
-            "paper": PAPER_SPEED[name].get(length),
-        }
-        seconds = []
         try:
-            for _ in range(1 + repeats):
-                began = time.perf_counter()
-                state, metrics = step(state, batch)
-                jax.block_until_ready((state, metrics))
-                seconds.append(time.perf_counter() - began)
+            run = running.steps(config, step)
+            seconds = [run() for _ in range(repeats)]
         except jax.errors.JaxRuntimeError as failure:  # out of memory: keep what was measured
-            yield row | {"failed": str(failure)[:200]}
-            state = new_state()
+            yield about(name, config) | {"failed": str(failure)[:200]}
+            running = Running(configs[0], mesh)
             continue
-        warm = statistics.median(seconds[1:])
-        peak = device_peak(jax.devices()[0])
-        flops = step_flops(config.model, length, tokens)
-        memory = step.memory_analysis()
-        yield row | {
-            "seconds": warm,
-            "tokens_per_second": tokens / warm,
-            "mfu": flops / warm / (peak * mesh.size) if peak else None,
-            "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-        }
+        yield about(name, config) | speed(config, step, mesh, statistics.median(seconds))
+
+
+def about(name: str, config: RunConfig) -> dict[str, Any]:
+    """What a row says of a run whose steps are timed."""
+    length = config.data.sequence_length
+    return {
+        "model": name,
+        "parameters": count_parameters(config.model),
+        "length": length,
+        "tokens": config.tokens_per_step,
+        "paper": PAPER_SPEED[name].get(length),
+    }
+
+
+def speed(
+    config: RunConfig, step: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float
+) -> dict[str, Any]:
+    """What a row says of a step that takes so long."""
+    peak = device_peak(jax.devices()[0])
+    flops = step_flops(config.model, config.data.sequence_length, config.tokens_per_step)
+    memory = step.memory_analysis()
+    return {
+        "seconds": seconds,
+        "tokens_per_second": config.tokens_per_step / seconds,
+        "mfu": flops / seconds / (peak * mesh.size) if peak else None,
+        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+    }
 
 
 def random_batch(config: RunConfig, rng: np.random.Generator, mesh: jax.sharding.Mesh) -> Any:

@@ -8,14 +8,17 @@ devices, which needs least memory.
 
 import argparse
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from experiments.bench._timing import in_turn
 from experiments.transnormer.base import PAPER, SMOKE
-from experiments.transnormer.training_speed import time_steps
+from experiments.transnormer.training_speed import Running, about, speed, time_steps
 from longctx.data.config import DataConfig
 from longctx.device.programs import bytes_needed, compile_all
 from longctx.errors import UserError
@@ -28,6 +31,7 @@ from longctx.train.config import RunConfig
 GRAIN = 1024
 SMOKE_GRAIN = 64
 PER_DEVICE = (8192, 32768)
+BATCH_SECONDS = 0.2  # of queued steps
 # Steps in the order of the program: to hide moves, a GPU's scheduler would put off products of
 # gradients whose operands then stay in memory.
 IN_ORDER = {"xla_gpu_enable_latency_hiding_scheduler": False}
@@ -66,32 +70,53 @@ def sparing(run: RunConfig, devices: int, local: int) -> RunConfig:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tokens per second of a device, and beside it that of one device at the same length each."""
-    lengths = options.per_device or PER_DEVICE
-    runs = models(options.smoke, options.chunk)
-    found = {name: runs[name] for name in options.models}
-    split = options.fsdp_over_seq
+    """Tokens per second of a device, and beside it that of the first number of devices.
+
+    Steps that are compared take turns: their states are on the devices at the same time.
+    """
+    runs, lengths = models(options.smoke, options.chunk), options.per_device or PER_DEVICE
     configs = {
-        (name, devices): [over(run, devices, local, fsdp_over_seq=split) for local in lengths]
-        for name, run in found.items()
-        for devices in options.devices
+        (name, local, devices): over(
+            runs[name], devices, local, fsdp_over_seq=options.fsdp_over_seq
+        )
+        for name, local, devices in itertools.product(options.models, lengths, options.devices)
     }
-    lowerings = map(lowering, itertools.chain(*configs.values()))
-    compiled = iter(compile_all(lowerings, options=dict(options.xla) or None))
-    alone: dict[tuple[str, int], float] = {}
-    for (name, devices), several in configs.items():
-        steps = [next(compiled) for _ in several]
-        mesh = make_mesh(seq=devices)
-        rows = time_steps(name, several, steps, mesh)
-        for local, row in zip(lengths, rows, strict=True):
-            row = {"group": "training", **row, "devices": devices, "per_device": local}
-            row |= {"chunk": found[name].model.mlp.chunk, "fsdp_over_seq": split}
-            row |= {"xla": dict(options.xla)}
-            if "failed" not in row:
-                speed = row["tokens_per_second"] / devices
-                first = alone.setdefault((name, local), speed)
-                row |= {"tokens_per_second_per_device": speed, "of_first": speed / first}
+    compiled = compile_all(map(lowering, configs.values()), options=dict(options.xla) or None)
+    steps = dict(zip(configs, compiled, strict=True))
+    for name, local in itertools.product(options.models, lengths):
+        beside = {n: (configs[name, local, n], steps[name, local, n]) for n in options.devices}
+        what = {"group": "training", "per_device": local, "chunk": runs[name].model.mlp.chunk}
+        what |= {"fsdp_over_seq": options.fsdp_over_seq, "xla": dict(options.xla)}
+        first = None
+        for devices, found in timed(beside, options.batches):
+            row = what | about(name, beside[devices][0]) | found | {"devices": devices}
+            if "failed" not in found:
+                per_device = found["tokens_per_second"] / devices
+                first = first or per_device
+                row |= {"tokens_per_second_per_device": per_device, "of_first": per_device / first}
             yield row
+
+
+def timed(
+    programs: Mapping[int, tuple[RunConfig, jax.stages.Compiled]], batches: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """How fast steps are on several numbers of devices, or why one failed."""
+    ready: dict[int, Callable[[], float]] = {}
+    failed: dict[int, str] = {}
+    for devices, (config, step) in programs.items():
+        try:
+            run = Running(config, make_mesh(config.mesh)).steps(config, step)
+            ready[devices] = functools.partial(run, max(1, int(BATCH_SECONDS / run())))
+        except jax.errors.JaxRuntimeError as failure:  # keep what is measured
+            failed[devices] = str(failure)[:200]
+    seconds = in_turn(ready, batches)
+    for devices, (config, step) in programs.items():
+        if devices in failed:
+            yield devices, {"failed": failed[devices]}
+            continue
+        found = seconds[devices]
+        fast = speed(config, step, make_mesh(config.mesh), statistics.median(found))
+        yield devices, {"batches_seconds": found, **fast}
 
 
 def shown(row: dict[str, Any]) -> str:
