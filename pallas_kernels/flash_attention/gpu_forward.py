@@ -70,12 +70,14 @@ def forward(
     width = v.shape[-1]
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
-    by_tma = spec.out_dtype == q.dtype and width == key_width  # float32 leaves as fast without
+    direct = spec.out_dtype != q.dtype  # float32 leaves registers as fast without TMA
+    by_tma = not direct and width == key_width
     # Where query tiles are few, or all take as long, runs of them would end later than they save.
     uneven = visible is not None or spec.causal or spec.window is not None
-    size = tiles.q * (key_width + width) + stages * tiles.kv * (key_width + width)
+    size = tiles.q * (key_width + by_tma * width) + stages * tiles.kv * (key_width + width)
     room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
-    in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
+    many = batch * heads * count >= 3 * SMS
+    in_runs = (direct or by_tma) and carry is None and uneven and room and many
     run = tiles.run if in_runs else 1
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
@@ -278,7 +280,7 @@ def forward(
                 operand(stages, tiles.kv, key_width),
                 operand(stages, tiles.kv, width),
             ),
-            None if run == 1 else operand(warpgroups, ROWS, width),
+            operand(warpgroups, ROWS, width) if by_tma and run > 1 else None,
             (one_each(), ring(), ring()),
             (
                 one_each(),
