@@ -167,8 +167,8 @@ PAPERS: dict[str, list[Section]] = {
         bench(
             "ring_peer_ideal",
             "Ring attention on up to four GPUs, with older kernels, timed in one order",
-            "Two GPUs take half of one's time, four a quarter. In this order a ring came as long "
-            "after a light program as clocks take to fall (docs/guides/scaling.md).",
+            "Two GPUs take half of one's time, four a quarter. In one order slow clocks may always "
+            "fall on the same program (docs/guides/scaling.md).",
             lines.ring,
             "ring --groups ideal --name ring_peer",
             "two H100",
