@@ -84,17 +84,28 @@ def timed_batch(
 
 
 def in_turn[Name](
-    batches: Mapping[Name, Callable[[], float]], count: int
-) -> dict[Name, list[float]]:
-    """Milliseconds of programs that are compared: `count` batches (`timed_batch`) of each.
+    prepare: Mapping[Name, Callable[[], Callable[[], float]]],
+    count: int,
+    refusals: tuple[type[BaseException], ...] = (),
+) -> dict[Name, list[float] | BaseException]:
+    """Times of programs that are compared, `count` batches of each, or why one refused.
 
-    They take turns, every time in another order: at their power limit GPUs slow down, by up to
-    18%, for a part of a second after a change of load, and in a fixed order that part would always
-    be the same program's.
+    `prepare` makes what runs a batch, as `timed_batch` does, or raises one of `refusals`. Batches
+    take turns, every time in another order: at their power limit GPUs slow down, by more than a
+    tenth, for a part of a second after a change of load, and in a fixed order that part would
+    always be the same program's.
     """
-    found: dict[Name, list[float]] = {name: [] for name in batches}
+    found: dict[Name, list[float] | BaseException] = {}
+    ready: list[tuple[list[float], Callable[[], float]]] = []
+    for name, make in prepare.items():
+        try:
+            times: list[float] = []
+            ready.append((times, make()))
+            found[name] = times
+        except refusals as reason:
+            found[name] = reason
     shuffled = random.Random(0)
     for _ in range(count):
-        for name in shuffled.sample(list(batches), len(batches)):
-            found[name].append(batches[name]())
+        for times, batch in shuffled.sample(ready, len(ready)):
+            times.append(batch())
     return found

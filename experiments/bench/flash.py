@@ -15,11 +15,12 @@ rows, and what they must show.
 """
 
 import argparse
+import functools
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,16 +108,16 @@ def measure(group: str, shape: Shape, calls: dict[str, Compiled]) -> Iterator[di
     """One row for each implementation."""
     inputs = shape.inputs()
     work = shape.teraflop()
-    passes = {"forward": inputs[:3], "both": inputs}
-    times = in_turn(
-        {
-            (name, what): timed_batch(program, *args, batch_ms=BATCH_MS)
-            for name, call in calls.items()
-            for (what, args), program in zip(passes.items(), call[:2], strict=True)
-            if program is not None and group != "errors"
-        },
-        TURNS if work < 50 else 3,
-    )
+    prepare = {
+        (name, what): functools.partial(timed_batch, program, *args, batch_ms=BATCH_MS)
+        for name, call in calls.items()
+        for what, program, args in (
+            ("forward", call.forward, inputs[:3]),
+            ("both", call.both, inputs),
+        )
+        if program is not None and group != "errors"
+    }
+    times = in_turn(prepare, TURNS if work < 50 else 3)
     for name, call in calls.items():
         row = {**shape._asdict(), "group": group, "implementation": name}
         if call.forward is None or call.both is None:
@@ -126,7 +127,9 @@ def measure(group: str, shape: Shape, calls: dict[str, Compiled]) -> Iterator[di
             yield {**row, "errors": errors(call.both(*inputs), shape)}
             continue
         row["temporary_bytes"] = call.temporary_bytes
-        forward, both = (statistics.median(times[name, what]) for what in passes)
+        forward, both = (
+            statistics.median(cast(list[float], times[name, what])) for what in ("forward", "both")
+        )
         row |= {"forward_ms": forward, "both_ms": both}
         row["forward_tflops"] = work / forward * 1e3
         row["backward_tflops"] = 2.5 * work / (both - forward) * 1e3

@@ -168,7 +168,7 @@ def time_steps(
             yield about(name, config) | {"failed": str(failure)[:200]}
             running = Running(configs[0], mesh)
             continue
-        yield about(name, config) | speed(config, step, mesh, statistics.median(seconds))
+        yield about(name, config) | speed(config, step, mesh.size, statistics.median(seconds))
 
 
 def about(name: str, config: RunConfig) -> dict[str, Any]:
@@ -184,16 +184,16 @@ def about(name: str, config: RunConfig) -> dict[str, Any]:
 
 
 def speed(
-    config: RunConfig, step: jax.stages.Compiled, mesh: jax.sharding.Mesh, seconds: float
+    config: RunConfig, step: jax.stages.Compiled, devices: int, seconds: float
 ) -> dict[str, Any]:
-    """What a row says of a step that takes so long."""
+    """What a row says of a step that takes so long on so many devices."""
     peak = device_peak(jax.devices()[0])
     flops = step_flops(config.model, config.data.sequence_length, config.tokens_per_step)
     memory = step.memory_analysis()
     return {
         "seconds": seconds,
         "tokens_per_second": config.tokens_per_step / seconds,
-        "mfu": flops / seconds / (peak * mesh.size) if peak else None,
+        "mfu": flops / seconds / (peak * devices) if peak else None,
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
     }
 

@@ -5,7 +5,7 @@
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
-                in runs: the o of the tile before, on its way out
+                in runs, if o leaves by TMA: that of the tile before, on its way out
     registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
 
 The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
@@ -72,9 +72,10 @@ def forward(
     shape = (ROWS, tiles.kv)
     direct = spec.out_dtype != q.dtype  # float32 leaves registers as fast without TMA
     by_tma = not direct and width == key_width
+    staged = width if by_tma else 0  # columns of o that leave through SMEM
     # Where query tiles are few, or all take as long, runs of them would end later than they save.
     uneven = visible is not None or spec.causal or spec.window is not None
-    size = tiles.q * (key_width + by_tma * width) + stages * tiles.kv * (key_width + width)
+    size = tiles.q * (key_width + staged) + stages * tiles.kv * (key_width + width)
     room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
     many = batch * heads * count >= 3 * SMS
     in_runs = (direct or by_tma) and carry is None and uneven and room and many

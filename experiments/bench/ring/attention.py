@@ -4,7 +4,7 @@ import argparse
 import functools
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -84,7 +84,8 @@ def measure(
     programs, xla = compiled(todo, options)
     times: dict[Case, float] = {}
     for _, beside in itertools.groupby(todo, lambda c: (c.length, c.heads, c.kv_heads, c.which)):
-        for case, found in time_in_turn({c: programs[c] for c in beside}, options.batches):
+        prepare = {c: functools.partial(ready, c, programs[c]) for c in beside}
+        for case, found in in_turn(prepare, options.batches, REFUSALS).items():
             row = {"group": group, **case._asdict(), "xla": xla}
             if isinstance(found, list):
                 times[case] = statistics.median(found)
@@ -110,23 +111,11 @@ def compiled(
     return dict(zip(todo, compile_all(lowerings, REFUSALS, xla), strict=True)), xla
 
 
-def time_in_turn(
-    programs: Mapping[Case, Any], batches: int
-) -> Iterator[tuple[Case, list[float] | BaseException]]:
-    """Milliseconds of programs that are compared, batch by batch, or why one failed."""
-    found: dict[Case, BaseException] = {}
-    ready: dict[Case, Callable[[], float]] = {}
-    for case, program in programs.items():
-        try:
-            if isinstance(program, REFUSALS):
-                raise program
-            args = draw(case)
-            ready[case] = timed_batch(program, *args, batch_ms=BATCH_MS)
-        except REFUSALS as failure:
-            found[case] = failure
-    times = in_turn(ready, batches)
-    for case in programs:
-        yield case, found.get(case) or times[case]
+def ready(case: Case, program: Any) -> Callable[[], float]:
+    """Runs a batch of a program, unless compiling or running it fails."""
+    if isinstance(program, REFUSALS):
+        raise program
+    return timed_batch(program, *draw(case), batch_ms=BATCH_MS)
 
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:

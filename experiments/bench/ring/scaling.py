@@ -3,9 +3,8 @@
 Nothing here is measured. Every row is what `longctx.parallel.explain` predicts of a forward and a
 backward pass (bf16, causal, D 128, batch 1), and the share of the ideal, which is one device's
 predicted time for the whole sequence divided by the devices. The assumptions are listed in
-docs/guides/scaling.md. Where results/ring_ideal.jsonl and ring_strategies.jsonl have measured
-times, each stands beside its prediction, with the commit of which it is: the model is of the code
-as it is now.
+docs/guides/scaling.md. Times measured in the results files `MEASURED` stand beside their
+predictions, with the commit of which they are: the model is of the code as it is now.
 
 Writes results/ring_scaling.jsonl and draws a chart from it.
 """
@@ -27,6 +26,7 @@ from longctx.parallel.hardware import HARDWARE, Hardware, hardware_of
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
+MEASURED = ("ring_ideal", "ring_strategies", "ring_pair_ideal")
 CHIPS = ("H100", "TPU v5")
 DEVICES = (8, 64, 512)
 PER_DEVICE = tuple(2**n for n in range(10, 18))
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     rows, path = list(extrapolated()), options.out / "ring_scaling.jsonl"
-    for measured in (RESULTS / f"ring_{group}.jsonl" for group in ("ideal", "strategies")):
+    for measured in (RESULTS / f"{name}.jsonl" for name in MEASURED):
         if measured.exists():
             rows += beside_measured(read_rows(measured))
     write_rows(path, rows)

@@ -101,22 +101,18 @@ def timed(
     programs: Mapping[int, tuple[RunConfig, jax.stages.Compiled]], batches: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """How fast steps are on several numbers of devices, or why one failed."""
-    ready: dict[int, Callable[[], float]] = {}
-    failed: dict[int, str] = {}
-    for devices, (config, step) in programs.items():
-        try:
-            run = Running(config, make_mesh(config.mesh)).steps(config, step)
-            ready[devices] = functools.partial(run, max(1, int(BATCH_SECONDS / run())))
-        except jax.errors.JaxRuntimeError as failure:  # keep what is measured
-            failed[devices] = str(failure)[:200]
-    seconds = in_turn(ready, batches)
-    for devices, (config, step) in programs.items():
-        if devices in failed:
-            yield devices, {"failed": failed[devices]}
-            continue
-        found = seconds[devices]
-        fast = speed(config, step, make_mesh(config.mesh), statistics.median(found))
-        yield devices, {"batches_seconds": found, **fast}
+
+    def ready(config: RunConfig, step: jax.stages.Compiled) -> Callable[[], float]:
+        run = Running(config, make_mesh(config.mesh)).steps(config, step)
+        return functools.partial(run, max(1, int(BATCH_SECONDS / run())))
+
+    prepare = {devices: functools.partial(ready, *program) for devices, program in programs.items()}
+    for devices, seconds in in_turn(prepare, batches, REFUSALS).items():
+        if isinstance(seconds, list):
+            fast = speed(*programs[devices], devices, statistics.median(seconds))
+            yield devices, {"batches_seconds": seconds, **fast}
+        else:  # keep what is measured
+            yield devices, {"failed": str(seconds)[:200]}
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -28,14 +28,14 @@ def documents(batch, length, cuts, seed=0):
     return start
 
 
-def value_and_gradients(function, args, cotangents, options=QUICK_COMPILE):
+def value_and_gradients(function, args, cotangents, compiler_options=QUICK_COMPILE):
     """Flat list: outputs of `function(*args)` and the cotangents' pull-back."""
 
     def run(args, cotangents):
         out, pullback = jax.vjp(function, *args)
         return [*jax.tree.leaves(out), *pullback(cotangents)]
 
-    return jax.jit(run, compiler_options=options)(args, cotangents)
+    return jax.jit(run, compiler_options=compiler_options)(args, cotangents)
 
 
 def on_mesh(
@@ -45,13 +45,12 @@ def on_mesh(
     layout: Layout,
     devices: int,
     time_axis,
-    compiled=lambda: QUICK_COMPILE,
+    compiler_options=QUICK_COMPILE,
     **mesh,
 ):
     """`value_and_gradients` over `devices` along seq, in `layout`; results in position order.
 
-    `time_axis` gives, for every argument and every result, its axis of time, or None; `compiled`
-    gives the options of the compiler, under the mesh.
+    `time_axis` gives, for every argument and every result, its axis of time, or None.
     """
     outputs = len(jax.tree.leaves(cotangents))
     to, back = time_axis[: len(args)], time_axis[len(args) :]
@@ -67,7 +66,7 @@ def on_mesh(
                 jax.tree.structure(cotangents),
                 map(lay_out, jax.tree.leaves(cotangents), back[:outputs]),
             ),
-            compiled(),
+            compiler_options,
         )
         got = jax.tree.map(np.asarray, got)
     assert len(got) == len(back)
