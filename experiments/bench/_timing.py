@@ -103,7 +103,7 @@ def in_turn[Name](
             ready.append((times, make()))
             found[name] = times
         except refusals as reason:
-            found[name] = reason
+            found[name] = reason.with_traceback(None)  # whose frames keep arrays alive
     shuffled = random.Random(0)
     for _ in range(count):
         for times, batch in shuffled.sample(ready, len(ready)):
