@@ -5,7 +5,7 @@
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
-                in runs, if o leaves by TMA: that of the tile before, on its way out
+                in runs: the o of the tile before, on its way out
     registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
 
 The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
@@ -70,15 +70,12 @@ def forward(
     width = v.shape[-1]
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
     shape = (ROWS, tiles.kv)
-    direct = spec.out_dtype != q.dtype  # float32 leaves registers as fast without TMA
-    by_tma = not direct and width == key_width
-    staged = width if by_tma else 0  # columns of o that leave through SMEM
+    by_tma = spec.out_dtype == q.dtype and width == key_width  # float32 leaves as fast without
     # Where query tiles are few, or all take as long, runs of them would end later than they save.
     uneven = visible is not None or spec.causal or spec.window is not None
-    size = tiles.q * (key_width + staged) + stages * tiles.kv * (key_width + width)
+    size = tiles.q * (key_width + width) + stages * tiles.kv * (key_width + width)
     room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
-    many = batch * heads * count >= 3 * SMS
-    in_runs = (direct or by_tma) and carry is None and uneven and room and many
+    in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
     run = tiles.run if in_runs else 1
     arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
 
@@ -281,7 +278,7 @@ def forward(
                 operand(stages, tiles.kv, key_width),
                 operand(stages, tiles.kv, width),
             ),
-            operand(warpgroups, ROWS, width) if by_tma and run > 1 else None,
+            None if run == 1 else operand(warpgroups, ROWS, width),
             (one_each(), ring(), ring()),
             (
                 one_each(),
