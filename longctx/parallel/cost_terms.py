@@ -151,7 +151,7 @@ class Call:
         forward += forward_traffic / chip.memory + masked * chip.forward_mask
         backward = self.backward(busiest[0], whole=True)
         if hops > 1:
-            half = self.backward(busiest[0] / 2)  # of the rank's own keys
+            half = self.backward(busiest[0]) / 2  # of the rank's own keys
             compute = [self.backward(pairs) for pairs in busiest[1:]]
             moves = [0.0] + [gradient] * (hops - 2)  # behind each: keys too, but for the last
             moves = [m + (move if hop + 2 < hops else 0) for hop, m in enumerate(moves)]
