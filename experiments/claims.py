@@ -165,6 +165,14 @@ PAPERS: dict[str, list[Section]] = {
             "two H100",
         ),
         bench(
+            "ring_four_ideal",
+            "Ring attention on four GPUs",
+            "Four GPUs take a quarter of one's time.",
+            lines.ring,
+            "ring --groups ideal --devices 1 4 --batches 9 --name ring_four",
+            "four H100",
+        ),
+        bench(
             "ring_peer_ideal",
             "Ring attention on up to four GPUs, with older kernels, timed in one order",
             "Two GPUs take half of one's time, four a quarter. In one order slow clocks may always "
@@ -219,11 +227,11 @@ PAPERS: dict[str, list[Section]] = {
             "two H200",
         ),
         bench(
-            "ring_peer_training",
+            "ring_four_training",
             "Training over devices, the same on H100s that gather states from memory to memory",
             "Each device is as fast as one alone with as many tokens.",
             lines.ring_training,
-            "ring --groups training --models TNL --chunk 4096 --name ring_peer",
+            "ring --groups training --models TNL --chunk 4096 --devices 1 2 4 --name ring_four",
             "two H100",
         ),
         bench(

@@ -26,7 +26,7 @@ from longctx.parallel.hardware import HARDWARE, Hardware, hardware_of
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
-MEASURED = ("ring_ideal", "ring_strategies", "ring_pair_ideal")
+MEASURED = ("ring_ideal", "ring_strategies", "ring_pair_ideal", "ring_four_ideal")
 CHIPS = ("H100", "TPU v5")
 DEVICES = (8, 64, 512)
 PER_DEVICE = tuple(2**n for n in range(10, 18))
