@@ -232,7 +232,7 @@ PAPERS: dict[str, list[Section]] = {
             "Each device is as fast as one alone with as many tokens.",
             lines.ring_training,
             "ring --groups training --models TNL --chunk 4096 --devices 1 2 4 --name ring_four",
-            "two H100",
+            "four H100",
         ),
         bench(
             "ring_trace",

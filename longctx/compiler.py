@@ -27,7 +27,8 @@ TRAINING_ON_GPU = {
     "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
 }
 # Between the GPUs of one process XLA can also move arrays from memory to memory, not through NCCL:
-# rings of two and four H100s took 1 to 10% less time (experiments/bench/results/ring_peer_ideal).
+# rings of four H100s took 2 to 12% less time, of two about as long (rows ring_peer_ideal beside
+# ring_ideal in experiments/bench/results, 2026-11-26).
 # So do the states that TNL's layers gather.
 GPUS_OF_ONE_PROCESS = {
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
