@@ -25,6 +25,7 @@ class Section(NamedTuple):
     lines: lines.Reader
     command: str
     needs: str
+    superseded: bool = False  # by newer rows of the same programs: not told in the README
 
     @property
     def is_measured(self) -> bool:
@@ -33,11 +34,18 @@ class Section(NamedTuple):
 
 
 def bench(
-    name: str, title: str, claim: str, reader: lines.Reader, command: str, needs: str = "one H100"
+    name: str,
+    title: str,
+    claim: str,
+    reader: lines.Reader,
+    command: str,
+    needs: str = "one H100",
+    superseded: bool = False,
 ) -> Section:
     """The rows `name` of a benchmark, which `python -m experiments.bench.COMMAND` makes."""
     file = Path("experiments/bench/results") / f"{name}.jsonl"
-    return Section(title, claim, file, reader, f"python -m experiments.bench.{command}", needs)
+    command = f"python -m experiments.bench.{command}"
+    return Section(title, claim, file, reader, command, needs, superseded)
 
 
 def experiment(
@@ -179,7 +187,16 @@ PAPERS: dict[str, list[Section]] = {
             "fall on the same program (docs/guides/scaling.md).",
             lines.ring,
             "ring --groups ideal --name ring_peer",
-            "two H100",
+            "four H100",
+            superseded=True,
+        ),
+        bench(
+            "ring_four_training",
+            "Training over devices",
+            "Each device is as fast as one alone with as many tokens.",
+            lines.ring_training,
+            "ring --groups training --models TNL --chunk 4096 --devices 1 2 4 --name ring_four",
+            "four H100",
         ),
         *(
             bench(f"ring_{group}", title, claim, reader, f"ring --groups {group}", "two H100")
@@ -197,13 +214,6 @@ PAPERS: dict[str, list[Section]] = {
                     lines.strategies,
                 ),
                 (
-                    "training",
-                    "Training over devices",
-                    "Each device is as fast as one alone: TNL's as one with as many tokens, a "
-                    "Transformer's as one with the same sequence.",
-                    lines.ring_training,
-                ),
-                (
                     "methods",
                     "Longest sequences by method, trained on",
                     "Every method trains on longer sequences than the one before it, the ring on "
@@ -219,20 +229,23 @@ PAPERS: dict[str, list[Section]] = {
             )
         ),
         bench(
+            "ring_training",
+            "Training over devices, MLPs in chunks of 1024 tokens",
+            "Each device is as fast as one alone: TNL's as one with as many tokens, a "
+            "Transformer's as one with the same sequence.",
+            lines.ring_training,
+            "ring --groups training",
+            "four H100",
+            superseded=True,
+        ),
+        bench(
             "ring_chunks_training",
-            "Training over devices, MLPs in chunks of 4096 tokens instead of 1024",
+            "Training over devices, on H200s that gather states through NCCL",
             "Each device is as fast as one alone with as many tokens.",
             lines.ring_training,
             "ring --groups training --models TNL --chunk 4096 --name ring_chunks",
-            "two H200",
-        ),
-        bench(
-            "ring_four_training",
-            "Training over devices, the same on H100s that gather states from memory to memory",
-            "Each device is as fast as one alone with as many tokens.",
-            lines.ring_training,
-            "ring --groups training --models TNL --chunk 4096 --devices 1 2 4 --name ring_four",
-            "four H100",
+            "four H200",
+            superseded=True,
         ),
         bench(
             "ring_trace",

@@ -51,7 +51,8 @@ def results() -> str:
 def readme_table() -> str:
     """The headline lines."""
     text = [*HEAD]
-    for section in (s for sections in PAPERS.values() for s in sections if s.is_measured):
+    sections = (s for sections in PAPERS.values() for s in sections)
+    for section in (s for s in sections if s.is_measured and not s.superseded):
         rows = read_rows(ROOT / section.file)
         text += [_shown(line, section.title) for line in section.lines(rows) if line.headline]
     return "\n".join(text)
