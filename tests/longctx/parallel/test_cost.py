@@ -107,8 +107,8 @@ def copied_ms(row):
 def test_predicts_what_was_measured_on_one_two_and_four_gpus():
     """Within 10%, but for the least work of a ring of four and one program that stands out.
 
-    Kernels and moves were older ones; of those of now four GPUs, other strategies and heads of 64:8
-    were not measured.
+    Kernels and moves were older ones; with those of now other strategies and heads of 64:8 were not
+    measured.
     """
     off = {1: [], 2: [], 4: []}
     for row in beside_measured(measured("ideal", "strategies")):
