@@ -17,7 +17,14 @@ from longctx.compiler import training_options
 from longctx.parallel import Layout, context_attention, make_mesh
 from pallas_kernels.flash_attention import flash_attention
 from tests.harness import assert_close
-from tests.longctx.parallel.cases import documents, draw, errors, on_mesh, value_and_gradients
+from tests.longctx.parallel.cases import (
+    QUICK_COMPILE,
+    documents,
+    draw,
+    errors,
+    on_mesh,
+    value_and_gradients,
+)
 
 # Time axes of q, k, v, then of o, lse, dq, dk, dv.
 TIME = (1, 1, 1, 1, 2, 1, 1, 1)
@@ -62,12 +69,16 @@ def exact(
     return [o, lse, np.einsum("bhts,bshd->bthd", ds, k), dk, dv]
 
 
-def sharded(args, cotangents, layout, devices, *, doc_start=None, mesh=None, **options):
+def sharded(
+    args, cotangents, layout, devices, *,
+    doc_start=None, mesh=None, compiler_options=QUICK_COMPILE, **options,
+):  # fmt: skip
     start = None if doc_start is None else jnp.asarray(layout.apply(doc_start))
     attend = functools.partial(
         context_attention, layout=layout, doc_start=start, return_lse=True, **options
     )
-    return on_mesh(attend, args, cotangents, layout, devices, TIME, **(mesh or {}))
+    on = functools.partial(on_mesh, compiler_options=compiler_options, **(mesh or {}))
+    return on(attend, args, cotangents, layout, devices, TIME)
 
 
 CASES = {
@@ -125,14 +136,9 @@ def test_two_gpus_equal_one(kind, cuts):
     alone = functools.partial(flash_attention, lo=doc_start, return_lse=True)
     cotangents = do, jnp.ones((1, 8, 4096))
     wanted = value_and_gradients(alone, args, cotangents)
-    layout = Layout(kind, 2)
-    start = None if doc_start is None else layout.apply(doc_start)
-    ring = functools.partial(
-        context_attention, strategy="ring", layout=layout, doc_start=start, return_lse=True
-    )
     with jax.set_mesh(make_mesh(seq=2)):
-        options = training_options()
-    got = on_mesh(ring, args, cotangents, layout, 2, TIME, compiler_options=options)
+        how = {"strategy": "ring", "doc_start": doc_start, "compiler_options": training_options()}
+    got = sharded(args, cotangents, Layout(kind, 2), 2, **how)
     assert_close(got, wanted, 5e-3)
 
 
