@@ -252,7 +252,9 @@ PAPERS: dict[str, list[Section]] = {
             "Where the time of a training step goes",
             "By the profiler, beside which kernels start more slowly.",
             lines.ring_trace,
-            "ring --groups trace --models TNL --devices 1 2 --per-device 8192",
+            "ring --groups trace --models TNL --chunk 8192 --per-device 8192 --devices 1 2 --xla "
+            "xla_gpu_all_reduce_combine_threshold_bytes=67108864 "
+            "xla_gpu_pipeline_all_reduce=COLLECTIVE_PIPELINING_MODE_ON",
             "two H100",
         ),
         *(

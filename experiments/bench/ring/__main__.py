@@ -29,13 +29,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 
 from experiments.bench.ring import attention, methods, trace, training
 from experiments.bench.ring.chart import draw_chart
 from experiments.bench.ring.programs import STRATEGIES, heads_pair
+from longctx.parallel.lasp import Exchange
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -108,7 +109,8 @@ def parse() -> argparse.Namespace:
     add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     add("--batches", type=int, default=9, help="of calls, whose median is taken")
     add("--models", nargs="+", choices=MODELS, default=MODELS)
-    add("--fsdp-over-seq", action="store_true", help="parameters split over the devices, training")
+    add("--fsdp-over-seq", action="store_true", help="parameters split over the devices")
+    add("--states", choices=get_args(Exchange), default="all_gather", help="how TNL's move")
     add("--chunk", type=int, help="tokens that pass an MLP at once, in training and trace; 1024")
     add("--tries", type=int, default=8, help="of longest: lengths to run, a 64th apart")
     add("--memory", type=float, help="bytes of a device, where it does not say")

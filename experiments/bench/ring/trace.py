@@ -47,11 +47,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     runs = training.models(options.smoke, options.chunk)
     lengths = options.per_device or training.PER_DEVICE
     cases = list(itertools.product(options.models, lengths, options.devices))
-    configs = [training.over(runs[name], n, local) for name, local, n in cases]
+    parallel = training.chosen(options)
+    configs = [training.over(runs[name], n, local, **parallel) for name, local, n in cases]
     steps = compile_all(map(training.lowering, configs), options=dict(options.xla) or None)
     for (name, local, devices), config, step in zip(cases, configs, steps, strict=True):
         about = {"group": "trace", "model": name, "devices": devices, "per_device": local}
-        about |= {"chunk": config.model.mlp.chunk, "xla": dict(options.xla)}
+        about |= {"chunk": config.model.mlp.chunk, "xla": dict(options.xla)} | parallel
         for device, spans in traced(steps_of(config, step)).items():
             yield about | {"device_number": device, **spent(spans)}
 

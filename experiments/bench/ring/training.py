@@ -63,6 +63,11 @@ def over(run: RunConfig, devices: int, local: int, **options: Any) -> RunConfig:
     )
 
 
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of ParallelConfig."""
+    return {"fsdp_over_seq": options.fsdp_over_seq, "states": options.states}
+
+
 def sparing(run: RunConfig, devices: int, local: int) -> RunConfig:
     """`over` with as little memory as the ring can do with, parameters split over the devices."""
     groups = run.model.softmax.num_kv_heads
@@ -75,10 +80,9 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     Steps that are compared take turns: their states are on the devices at the same time.
     """
     runs, lengths = models(options.smoke, options.chunk), options.per_device or PER_DEVICE
+    parallel = chosen(options)
     configs = {
-        (name, local, devices): over(
-            runs[name], devices, local, fsdp_over_seq=options.fsdp_over_seq
-        )
+        (name, local, devices): over(runs[name], devices, local, **parallel)
         for name, local, devices in itertools.product(options.models, lengths, options.devices)
     }
     compiled = compile_all(map(lowering, configs.values()), options=dict(options.xla) or None)
@@ -86,7 +90,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, local in itertools.product(options.models, lengths):
         beside = {n: (configs[name, local, n], steps[name, local, n]) for n in options.devices}
         what = {"group": "training", "per_device": local, "chunk": runs[name].model.mlp.chunk}
-        what |= {"fsdp_over_seq": options.fsdp_over_seq, "xla": dict(options.xla)}
+        what |= parallel | {"xla": dict(options.xla)}
         first = None
         for devices, found in timed(beside, options.batches):
             row = what | about(name, beside[devices][0]) | found | {"devices": devices}

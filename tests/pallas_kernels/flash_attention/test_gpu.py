@@ -42,7 +42,7 @@ BY_ROLE = dataclasses.replace(
 
 
 def check_passes(
-    args, lo=None, hi=None, *, tiles, blocks=False, last=False, deterministic=not ON_GPU, **mask
+    args, lo=None, hi=None, *, tiles, blocks=False, last=False, deterministic=True, **mask
 ):
     """Both passes against the definition; with `blocks` they continue and add to float32.
 
@@ -91,7 +91,7 @@ half = functools.partial(inputs, dtype=jnp.bfloat16)
 @pytest.mark.parametrize("tiles", [TOGETHER, BY_ROLE], ids=["together", "roles"])
 def test_interpreted_window_offset_and_soft_cap(capfd, tiles):
     args = half(1, 100, 170, heads=2, kv_heads=1, width=40, value_width=64)
-    check_passes(args, tiles=tiles, deterministic=True, q_offset=70, window=50, soft_cap=2.0)
+    check_passes(args, tiles=tiles, q_offset=70, window=50, soft_cap=2.0)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -112,7 +112,7 @@ def test_interpreted_dq_by_reduction(monkeypatch, width):
 @pytest.mark.slow
 def test_interpreted_keys_that_nobody_sees(capfd):
     args = half(1, 60, 200, heads=1, width=64)
-    check_passes(args, tiles=BY_ROLE, deterministic=True)
+    check_passes(args, tiles=BY_ROLE)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -122,7 +122,7 @@ def test_interpreted_keys_that_nobody_sees(capfd):
 def test_interpreted_intervals_continuing_and_adding(capfd, tiles, of):
     args = half(1, 130, 190, heads=2, kv_heads=1)
     lo, hi = random_intervals((1, of, 130), 190)
-    check_passes(args, lo, hi, tiles=tiles, deterministic=True, blocks=True, causal=False)
+    check_passes(args, lo, hi, tiles=tiles, blocks=True, causal=False)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -158,8 +158,8 @@ def test_on_gpu(widths, heads, dtype):
     args = inputs(2, 500, 700, *heads, *widths, dtype=dtype)
     lo, hi = random_intervals((2, 1, 500), 700)
     tiles = gpu_tiles(next(w for w in GPU_TILES if w >= max(widths)))
-    check_passes(args, tiles=tiles, q_offset=200, window=300, soft_cap=5.0)
-    check_passes(args, lo, hi, tiles=tiles, q_offset=100, blocks=True)
+    check_passes(args, tiles=tiles, deterministic=False, q_offset=200, window=300, soft_cap=5.0)
+    check_passes(args, lo, hi, tiles=tiles, deterministic=False, q_offset=100, blocks=True)
 
     value, gradient = TOLERANCE[args[0].dtype]
     run = functools.partial(flash_attention, return_lse=True, backend="gpu")
@@ -176,7 +176,7 @@ def test_on_gpu(widths, heads, dtype):
 @needs_gpu
 def test_one_row_and_batching():
     args = inputs(1, 1, 1, 1, 1, 40, dtype=jnp.bfloat16)
-    check_passes(args, tiles=gpu_tiles(64))
+    check_passes(args, tiles=gpu_tiles(64), deterministic=False)
     args = inputs(3, 300, dtype=jnp.bfloat16)
 
     def gradients(q, k, v):
