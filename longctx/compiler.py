@@ -29,7 +29,7 @@ TRAINING_ON_GPU = {
 # Between the GPUs of one process XLA can also move arrays from memory to memory, not through NCCL:
 # rings of four H100s took 2 to 12% less time, of two about as long (rows ring_peer_ideal beside
 # ring_ideal in experiments/bench/results, 2026-11-26). It has such an option for all-gathers, too,
-# but runs NCCL's kernels all the same (rows ring_trace).
+# but ran NCCL's kernels all the same (rows ring_trace, of a commit that set it).
 GPUS_OF_ONE_PROCESS = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 # The layers of a model are slices of one array. By default XLA copies a layer's weights before it
 # multiplies a few tokens by them, three times the traffic; its own kernels know no other way.
