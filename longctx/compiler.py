@@ -46,7 +46,13 @@ def training_options() -> dict[str, Any]:
         return {}
     if device.platform != "gpu":
         return TRAINING.get(device.device_kind, {})
-    return TRAINING_ON_GPU | (GPUS_OF_ONE_PROCESS if jax.process_count() == 1 else {})
+    return TRAINING_ON_GPU | (GPUS_OF_ONE_PROCESS if copies_between_memories() else {})
+
+
+def copies_between_memories() -> bool:
+    """Whether collective permutes between the devices of the mesh in use are mere copies."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform != "tpu" and jax.process_count() == 1
 
 
 def decoding_options(platform: str) -> dict[str, Any]:

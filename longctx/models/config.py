@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import get_args
 
 from longctx.attention.tensorized import Order, Positions, Variant
 from longctx.errors import UserError
@@ -10,7 +11,7 @@ from longctx.nn.mlp import Activation
 from longctx.nn.norm import NormKind
 from longctx.nn.position import NO_SCALING, RopeScaling
 from longctx.nn.sparse import KeyNorm
-from longctx.nn.stack import Remat
+from longctx.nn.stack import Gather, Remat
 from longctx.parallel.context import Strategy
 from longctx.parallel.lasp import Exchange
 from longctx.parallel.layout import Kind, Layout
@@ -135,6 +136,12 @@ class ParallelConfig:
     head_groups: int = 1  # rings over parts of the heads, one after another, to save memory
     ranks: int = 0  # of the layout, for "usp" (Ulysses inside a rank); 0: one per device
     fsdp_over_seq: bool = False  # split projections' parameters and moments over `seq`, too
+    gather: Gather = "layer"  # weights so split: for each "layer" anew, or once a "step" for all
+
+    def __post_init__(self) -> None:
+        _choice("gather", self.gather, get_args(Gather))
+        if self.gather == "step" and not self.fsdp_over_seq:
+            raise ValueError("gather='step' needs fsdp_over_seq, weights that are split over `seq`")
 
     @property
     def token_layout(self) -> Layout | Kind:

@@ -61,6 +61,7 @@ class Decoder(nnx.Module):
             ],
             remat=config.remat,
             unroll=config.unroll,
+            gather=parallel.gather,
             rngs=rngs,
         )
         self.final_norm = make_norm(

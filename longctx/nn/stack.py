@@ -12,10 +12,13 @@ from jaxtyping import Array, Float, Int
 from longctx.attention.slots import LayerSlots
 from longctx.nn.cache import Cache
 from longctx.nn.chunks import in_chunks
+from longctx.nn.linear import gather_layers
 from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.nn.weights import Gathered
 from longctx.parallel.lasp import INCOMING
 
 type Remat = Literal["none", "block", "dots"]
+Gather = Literal["layer", "step"]
 
 _incoming = jax.checkpoint_policies.save_only_these_names(INCOMING)
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
@@ -144,6 +147,8 @@ class Stack(nnx.Module):
         period and the states that devices have exchanged; "dots", everything but these and the
         results of dense products.
       unroll: compile every repeat on its own in calls without a cache: larger, may be faster.
+      gather: when, in calls without a cache, devices along the sequence that hold parts of weights
+        exchange them: for each "layer" anew, or for all layers at once in every "step".
     """
 
     def __init__(
@@ -152,11 +157,12 @@ class Stack(nnx.Module):
         *,
         remat: Remat = "none",
         unroll: bool = False,
+        gather: Gather = "layer",
         rngs: nnx.Rngs,
     ):
         if remat not in ("none", *REMAT_POLICIES):
             raise ValueError(f"{remat=} must be 'none' or one of {sorted(REMAT_POLICIES)}")
-        self.remat, self.unroll = remat, unroll
+        self.remat, self.unroll, self.gather = remat, unroll, gather
         self.periods = nnx.List([])
         first = 0
         for segment in segments:
@@ -196,10 +202,13 @@ class Stack(nnx.Module):
         self, period: Period, repeats: int, x: Float[Array, "B T M"], where: dict[str, Any]
     ) -> Float[Array, "B T M"]:
         """A segment on whole sequences."""
-        graphs, states = zip(*map(nnx.split, period.blocks), strict=True)
+        period = gather_layers(period) if self.gather == "step" else period
+        split = (nnx.split(block, Gathered, ...) for block in period.blocks)
+        graphs, gathered, states = zip(*split, strict=True)
 
-        def layer(graph, state, x):
-            return nnx.merge(graph, state)(x, **where)[0]
+        def layer(graph, gathered, index, state, x):
+            weights = _get(gathered, index, axis=1)
+            return nnx.merge(graph, weights, state)(x, **where)[0]
 
         if self.remat != "none":
             # Where no loop is left, XLA would see that the backward pass computes what the forward
@@ -209,12 +218,14 @@ class Stack(nnx.Module):
                 layer, policy=REMAT_POLICIES[self.remat], prevent_cse=alone, static_argnums=0
             )
 
-        def once(x, states):
-            for graph, state in zip(graphs, states, strict=True):
-                x = layer(graph, state, x)
+        def once(x, numbered):
+            index, states = numbered
+            for graph, weights, state in zip(graphs, gathered, states, strict=True):
+                x = layer(graph, weights, index, state, x)
             return x, None
 
-        return jax.lax.scan(once, x, states, length=repeats, unroll=self.unroll)[0]
+        numbered = jnp.arange(repeats), states
+        return jax.lax.scan(once, x, numbered, unroll=self.unroll)[0]
 
 
 def _continued(
@@ -242,11 +253,13 @@ def _continued(
     return x, memory
 
 
-def _get(stacked: Any, index: Int[Array, ""]) -> Any:
+def _get(stacked: Any, index: Int[Array, ""], axis: int = 0) -> Any:
     """One layer's part of stacked arrays."""
 
     def get(x: Array) -> Array:
-        return jax.lax.dynamic_index_in_dim(x, index, keepdims=False, allow_negative_indices=False)
+        return jax.lax.dynamic_index_in_dim(
+            x, index, axis, keepdims=False, allow_negative_indices=False
+        )
 
     return jax.tree.map(get, stacked)
 

@@ -36,6 +36,7 @@ import jax
 from experiments.bench.ring import attention, methods, trace, training
 from experiments.bench.ring.chart import draw_chart
 from experiments.bench.ring.programs import STRATEGIES, heads_pair
+from longctx.nn.stack import Gather
 from longctx.parallel.lasp import Exchange
 from longctx.provenance import read_rows, write_rows
 
@@ -110,6 +111,7 @@ def parse() -> argparse.Namespace:
     add("--batches", type=int, default=9, help="of calls, whose median is taken")
     add("--models", nargs="+", choices=MODELS, default=MODELS)
     add("--fsdp-over-seq", action="store_true", help="split parameters, in training and trace")
+    add("--gather", choices=get_args(Gather), default="layer", help="when they are whole, also")
     add("--states", choices=get_args(Exchange), default="all_gather", help="how TNL's move, also")
     add("--chunk", type=int, help="tokens that pass an MLP at once, in training and trace; 1024")
     add("--tries", type=int, default=8, help="of longest: lengths to run, a 64th apart")

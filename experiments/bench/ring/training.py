@@ -65,7 +65,8 @@ def over(run: RunConfig, devices: int, local: int, **options: Any) -> RunConfig:
 
 def chosen(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of ParallelConfig."""
-    return {"fsdp_over_seq": options.fsdp_over_seq, "states": options.states}
+    names = ("fsdp_over_seq", "gather", "states")
+    return {name: getattr(options, name) for name in names}
 
 
 def sparing(run: RunConfig, devices: int, local: int) -> RunConfig:

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longctx.models import MODELS, LightningConfig, count_parameters, without_gate
+from longctx.models import (
+    MODELS,
+    LightningConfig,
+    ParallelConfig,
+    count_parameters,
+    without_gate,
+)
 from longctx.models.config import SparseConfig, TensorizedConfig, periods
 from tests.harness import assert_close
 from tests.longctx.models.tiny import CONFIGS, TINY, abstract_model, tiny_model
@@ -227,6 +233,8 @@ def test_periods_cover_the_layers_and_find_the_pattern():
         (lambda: dataclasses.replace(TINY, mixers=("conv",)), "conv"),
         (lambda: dataclasses.replace(TINY, width=0), "width"),
         (lambda: LightningConfig(position="rope"), "rope"),
+        (lambda: ParallelConfig(fsdp_over_seq=True, gather="once"), "gather='once'"),
+        (lambda: ParallelConfig(gather="step"), "needs fsdp_over_seq"),
         (
             lambda: dataclasses.replace(TINY, lightning=LightningConfig(position="absolute")),
             "learned_positions",

@@ -75,11 +75,13 @@ def test_data_and_fsdp_equal_one_device(name):
     assert not [s for s in gathered if BATCH in s or BATCH * LENGTH in s], gathered
 
 
-@pytest.mark.parametrize("fsdp_over_seq", [False, True])
-def test_all_axes_and_the_zigzag_layout_equal_one_device(fsdp_over_seq):
+@pytest.mark.parametrize(
+    ("fsdp_over_seq", "gather"), [(False, "layer"), (True, "layer"), (True, "step")]
+)
+def test_all_axes_and_the_zigzag_layout_equal_one_device(fsdp_over_seq, gather):
     config = dataclasses.replace(CONFIGS["hybrid"], num_layers=2)
     want, _ = run(config)
-    parallel = ParallelConfig(strategy="ring", layout="zigzag", fsdp_over_seq=fsdp_over_seq)
+    parallel = ParallelConfig("ring", layout="zigzag", fsdp_over_seq=fsdp_over_seq, gather=gather)
     config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, chunk=5))
     got, _ = run(config, parallel, Layout("zigzag", 2), fsdp=2, seq=2, tensor=2)
     assert_close(got, want, 1e-5)
