@@ -173,6 +173,14 @@ PAPERS: dict[str, list[Section]] = {
             "two H100",
         ),
         bench(
+            "ring_h200_ideal",
+            "Ring attention on H200s",
+            "Two GPUs take half of one's time.",
+            lines.ring,
+            "ring --groups ideal --devices 1 2 --batches 15 --name ring_h200",
+            "two H200",
+        ),
+        bench(
             "ring_four_ideal",
             "Ring attention on four GPUs",
             "Four GPUs take a quarter of one's time.",
@@ -197,6 +205,15 @@ PAPERS: dict[str, list[Section]] = {
             lines.ring_training,
             "ring --groups training --models TNL --chunk 4096 --devices 1 2 4 --name ring_four",
             "four H100",
+        ),
+        bench(
+            "ring_step_training",
+            "Training over devices, weights gathered once a step",
+            "Each device is as fast as one alone with as many tokens.",
+            lines.ring_training,
+            "ring --groups training --models TNL --chunk 0 --devices 1 2 --batches 11 "
+            "--fsdp-over-seq --gather step --states ring --name ring_step",
+            "two H200",
         ),
         *(
             bench(f"ring_{group}", title, claim, reader, f"ring --groups {group}", "two H100")

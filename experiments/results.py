@@ -72,9 +72,10 @@ def _origin(rows: Sequence[Row], section: Section) -> str:
     driver = f", driver {row['driver']}" if row["driver"] else ""
     commits = _all(r["commit"] for r in rows if r["commit"])
     commit = f"; commit {commits}" if commits else ""
+    commands = _all(f"`{r['command']}`" for r in rows)
     return (
         f"{devices}{driver}; {versions}; {_all(r['date'][:10] for r in rows)}{commit}. "
-        f"`{row['command']}`; rows in `{section.file}`."
+        f"{commands}; rows in `{section.file}`."
     )
 
 

@@ -52,16 +52,22 @@ def ring_training(rows: Sequence[Row]) -> Iterator[Line]:
     TNL's have it on as many tokens as each device holds. A Transformer's tokens see more of a
     longer sequence: they have it on the same sequence, and without a row of it nothing is compared.
     """
-    one = {(r["model"], r["length"]): r for r in rows if r["devices"] == 1 and "failed" not in r}
+
+    def alone(r: Row, length: int) -> tuple[Any, ...]:
+        return r["model"], length, r.get("states")
+
+    one = {alone(r, r["length"]): r for r in rows if r["devices"] == 1 and "failed" not in r}
     longest = max(r["per_device"] for r in rows)
     for r in rows:
         if r["devices"] == 1 or "failed" in r:
             continue
         what = f"training {r['model']}, {r['devices']} devices, {r['per_device']} tokens each"
+        if r.get("states") == "ring":
+            what += ", states in a ring"
         what, ours = f"{what}: per device", r["tokens_per_second_per_device"]
         length = r["per_device" if r["model"] == "TNL" else "length"]
-        if (r["model"], length) in one:
-            theirs = one[r["model"], length]["tokens_per_second"]
+        if alone(r, length) in one:
+            theirs = one[alone(r, length)]["tokens_per_second"]
             headline = r["per_device"] == longest
             yield compare_speed(what, f"one device, {length} tokens", theirs, ours, headline)
         else:

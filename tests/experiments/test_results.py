@@ -54,6 +54,10 @@ def test_training_over_devices_is_compared_with_one_device_of_equal_work():
     alone, same = lines.ring_training(softmax)
     assert (alone.theirs, alone.ours, alone.ratio) == ("", "60 tokens/s", None)
     assert (same.theirs, same.ours, same.ratio) == ("40 tokens/s", "30 tokens/s", 0.75)
+    ring = [row("TNL", n, 8, 80.0) | {"states": "ring"} for n in (1, 2)]
+    *_, line = lines.ring_training([row("TNL", 1, 8, 100.0), *ring])
+    assert "states in a ring" in line.what
+    assert (line.theirs, line.ratio) == ("80 tokens/s", 1.0)
 
 
 def test_the_longest_over_devices_is_compared_with_one_device():

@@ -11,7 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from longctx import compiler, generate
 from longctx.data.config import DataConfig
-from longctx.models import LightningConfig, MlpConfig, ModelConfig, build, transformer
+from longctx.models import (
+    LightningConfig,
+    MlpConfig,
+    ModelConfig,
+    ParallelConfig,
+    build,
+    transformer,
+)
 from longctx.parallel import MeshConfig, verify_overlap
 from longctx.plan import compile_step
 from longctx.train.config import RunConfig
@@ -41,6 +48,23 @@ def test_gpus_compute_while_they_sum_each_gradient():
     # Of the projections into and out of the attention and of the MLP's.
     assert sorted(move.bytes / 2**20 for move in layers) == [2, 4, 8, 8]
     assert not [move for move in layers if move.exposed]
+
+
+@pytest.mark.slow
+def test_gpus_compute_while_gradients_go_to_their_owners():
+    """Of weights gathered once a step: loops hold permutes only, nothing that takes cores."""
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(sequence_length=16384, batch_size=1),
+        mesh=MeshConfig(seq=2),
+        parallel=ParallelConfig(states="ring", fsdp_over_seq=True, gather="step"),
+    )
+    mesh = gpu_mesh({"data": 1, "fsdp": 1, "seq": 2, "tensor": 1})
+    moves = [m for m in verify_overlap(compile_step(config, mesh)).moves if m.times == 2]
+    assert {move.kind for move in moves} == {"collective-permute"}
+    # Half of each gradient of 2, 4, 8 and 8 MiB, and in both directions the state of 8 heads.
+    assert sum(move.bytes for move in moves) == 11 * 2**20 + 2 * (8 * 128 * 128 * 4)
+    assert not max(moves, key=lambda move: move.bytes).exposed
 
 
 @pytest.mark.parametrize(("platform", "copies"), [("gpu", False), ("cpu", True)])
