@@ -2,8 +2,8 @@
 
 Every device multiplies its tokens by its own copy of a weight, whose gradient is a sum over the
 devices: each sends every other its part of it, and owners add what arrives in float32. GPUs of one
-process copy it from memory to memory, and the products beside go on undisturbed; a reduce-scatter
-takes cores from them. Elsewhere XLA's reduce-scatter is as good, or better, and is taken.
+process copy it from memory to memory, which takes no cores from the products beside it; a
+reduce-scatter by NCCL does. Several processes, and TPUs, have no such copies: they reduce-scatter.
 """
 
 import dataclasses
