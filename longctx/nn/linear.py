@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from longctx.nn.sharding import Axes, AxisNames, gather, parameter, place
-from longctx.nn.weights import Cut, Gathered, copies, cut_of
+from longctx.nn.weights import Gathered, copies, cut_of
 
 INIT_STD = 0.02  # normal(0, 0.02) for every weight: the TransNormerLLM authors' code
 
@@ -40,8 +40,7 @@ class Linear(nnx.Module):
         self.used = P(*(None if name == axes.fsdp else name for name in spec))
         self.dtype = dtype
         self.axis = axes.seq
-        self.cut: Cut | None = None  # of `gathered`, both by `gather_layers`
-        self.gathered: Gathered | None = nnx.data(None)
+        self.gathered: Gathered | None = nnx.data(None)  # by `gather_layers`
 
     def weight(self) -> Float[Array, "..."]:
         """The kernel as products take it: in `dtype`, and whole along `fsdp`.
@@ -49,17 +48,17 @@ class Linear(nnx.Module):
         Where weights were gathered before, one copy for each of N devices along the sequence.
         """
         kernel = self.kernel[...].astype(self.dtype)
-        if self.cut is None or self.gathered is None:
+        if self.gathered is None:
             return gather(kernel, self.kept, self.used)
-        return copies(self.cut, kernel, jax.lax.stop_gradient(self.gathered[...]))
+        return copies(self.gathered.cut, kernel, jax.lax.stop_gradient(self.gathered[...]))
 
     def __call__(
         self, x: Float[Array, "*rows M"], weight: Float[Array, "M ..."] | None = None
     ) -> Float[Array, "..."]:
         """Project the last axis; by `weight`, if it is at hand from an earlier call."""
         weight = self.weight() if weight is None else weight
-        if self.cut is not None:
-            return self.cut.product(x.astype(self.dtype), weight)
+        if self.gathered is not None:
+            return self.gathered.cut.product(x.astype(self.dtype), weight)
         return jnp.tensordot(x.astype(self.dtype), weight, axes=1)
 
 
@@ -68,11 +67,11 @@ def gather_layers[M: nnx.Module](layers: M) -> M:
     copy = nnx.clone(layers)
     for _, part in nnx.iter_modules(copy):
         if isinstance(part, Linear):
-            part.cut = cut_of(part.kernel.shape[1:], part.kept, part.used, part.axis)
-            if part.cut is not None:
+            cut = cut_of(part.kernel.shape[1:], part.kept, part.used, part.axis)
+            if cut is not None:
                 # XLA would gather parameters, and round them in every layer.
                 rounded = jax.lax.optimization_barrier(part.kernel[...].astype(part.dtype))
-                part.gathered = Gathered(part.cut.gather(rounded))
+                part.gathered = Gathered(cut.gather(rounded), cut=cut)
     return copy
 
 

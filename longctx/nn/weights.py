@@ -22,10 +22,6 @@ from longctx.nn.sharding import place
 from longctx.parallel.mesh import fitting, mesh_axes
 
 
-class Gathered(nnx.Variable):
-    """A weight of stacked layers, [P, L, ...], part after part, the same on all devices."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """A weight whose dimension `dim` lies in parts on `parts` devices, `devices` along `axis`."""
@@ -61,6 +57,12 @@ class Cut:
         return jax.shard_map(
             local, in_specs=(tokens, P(self.axis)), out_specs=tokens, axis_names={self.axis}
         )(x, copies)
+
+
+class Gathered(nnx.Variable):
+    """A weight of stacked layers, [P, L, ...], part after part, the same on all devices."""
+
+    cut: Cut
 
 
 def cut_of(shape: tuple[int, ...], kept: P, used: P, axis: str | None) -> Cut | None:

@@ -35,16 +35,21 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.slow
-def test_gpus_compute_while_they_sum_each_gradient():
+def moves_in_layers(**parallel):
+    """Of a training step on two GPUs: what its loop over layers moves."""
     config = RunConfig(
         model=MODEL,
         data=DataConfig(sequence_length=16384, batch_size=1),
         mesh=MeshConfig(seq=2),
+        parallel=ParallelConfig(**parallel),
     )
     mesh = gpu_mesh({"data": 1, "fsdp": 1, "seq": 2, "tensor": 1})
-    moves = verify_overlap(compile_step(config, mesh)).of("all-reduce")
-    layers = [move for move in moves if move.times == 2]
+    return [move for move in verify_overlap(compile_step(config, mesh)).moves if move.times == 2]
+
+
+@pytest.mark.slow
+def test_gpus_compute_while_they_sum_each_gradient():
+    layers = [move for move in moves_in_layers() if move.kind == "all-reduce"]
     # Of the projections into and out of the attention and of the MLP's.
     assert sorted(move.bytes / 2**20 for move in layers) == [2, 4, 8, 8]
     assert not [move for move in layers if move.exposed]
@@ -53,14 +58,7 @@ def test_gpus_compute_while_they_sum_each_gradient():
 @pytest.mark.slow
 def test_gpus_compute_while_gradients_go_to_their_owners():
     """Of weights gathered once a step: loops hold permutes only, nothing that takes cores."""
-    config = RunConfig(
-        model=MODEL,
-        data=DataConfig(sequence_length=16384, batch_size=1),
-        mesh=MeshConfig(seq=2),
-        parallel=ParallelConfig(states="ring", fsdp_over_seq=True, gather="step"),
-    )
-    mesh = gpu_mesh({"data": 1, "fsdp": 1, "seq": 2, "tensor": 1})
-    moves = [m for m in verify_overlap(compile_step(config, mesh)).moves if m.times == 2]
+    moves = moves_in_layers(states="ring", fsdp_over_seq=True, gather="step")
     assert {move.kind for move in moves} == {"collective-permute"}
     # Half of each gradient of 2, 4, 8 and 8 MiB, and in both directions the state of 8 heads.
     assert sum(move.bytes for move in moves) == 11 * 2**20 + 2 * (8 * 128 * 128 * 4)
