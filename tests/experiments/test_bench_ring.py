@@ -3,6 +3,8 @@
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import lines
@@ -12,6 +14,7 @@ from experiments.bench.ring.programs import Case
 from experiments.ring_attention.max_context import METHODS
 from longctx.errors import UserError
 from longctx.provenance import read_rows
+from tests.harness import assert_close
 
 
 def run(monkeypatch, module, *arguments):
@@ -27,7 +30,7 @@ def options_of(monkeypatch, *arguments):
 def test_every_shape_that_is_claimed_is_among_the_cases(monkeypatch):
     options = options_of(monkeypatch, "--devices", 1, 2, 4, 8)
     ring = set(attention.ideal_cases(options))
-    strategies = set(attention.strategy_cases(options))
+    strategies = set(attention.strategy_cases(options, options.devices))
     for which in ("forward", "forward_backward"):
         for length in (32768, 131072):
             assert Case(length, 16, 16, which, "ours") in ring
@@ -62,8 +65,8 @@ def clock(monkeypatch):
     for name in ("ideal_cases", "strategy_cases"):
         cases = getattr(attention, name)
 
-        def remember(options, cases=cases):
-            for case in cases(options):
+        def remember(options, *devices, cases=cases):
+            for case in cases(options, *devices):
                 ran.append(case.part)
                 yield case
 
@@ -97,6 +100,18 @@ def test_strategies_stand_beside_each_other(monkeypatch, clock, tmp_path):
     check_errors(rows, 3)
     assert [x.ratio for x in lines.strategies(rows) if x.what.startswith('"auto"')] == [1.0] * 2
     assert (tmp_path / "ring_strategies.png").exists()
+
+
+@pytest.mark.slow
+def test_what_one_of_several_computes_is_measured_on_one(monkeypatch, clock, tmp_path):
+    what = ("--groups", "alone", "--ranks", 2, 4, "--heads", "4:4", "--out", tmp_path)
+    assert run(monkeypatch, command, *SMALL, *what) == 0
+    rows = [r for r in read_rows(tmp_path / "ring_alone.jsonl") if r["part"] == "alone"]
+    assert [(row["name"], row["devices"]) for row in rows[:3]] == [
+        ("ring", 2), ("all_gather", 2), ("ulysses", 2)
+    ]  # fmt: skip
+    assert len(rows) == 2 * (3 + 4)
+    assert all(row["of_ideal"] == 1 / row["devices"] for row in rows)
 
 
 @pytest.mark.slow
@@ -182,6 +197,34 @@ def test_a_part_has_all_of_the_moves_or_none(which):
 
     assert moves("communication") == moves("full") > 2
     assert moves("compute") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kv_heads"),
+    [("ring", 2, 2), ("ring", 4, 1), ("all_gather", 4, 4), ("ulysses", 2, 2), ("usp", 4, 2)],
+)
+def test_a_part_alone_is_what_one_of_several_devices_computes(name, count, kv_heads):
+    """Where all have the same keys and values, what others would send is what a device has."""
+    case = Case(64 * count, 4, kv_heads, "forward_backward", name, count)
+    alone = case._replace(part="alone")
+    key = jax.random.key(0)
+    args = [
+        jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        for i, x in enumerate(alone.operands(alone.mesh(jax.devices())))
+    ]
+    everywhere = [
+        jax.device_put(jnp.tile(x, (1, count, 1, 1)), like.sharding)
+        for x, like in zip(args, case.operands(case.mesh(jax.devices())), strict=True)
+    ]
+    programs = [c.lower(jax.devices()).compile() for c in (alone, case)]
+    got, expected = programs[0](*args), programs[1](*everywhere)
+    assert [x.shape for x in got] == [args[i].shape for i in (3, 0, 1, 2)]  # o, dq, dk, dv
+    if name in ("ring", "all_gather"):  # o and dq; dk and dv are sums of what others computed
+        own = slice(64 * (count // 2), 64 * (count // 2 + 1))
+        for x, y in zip(got[:2], expected[:2], strict=True):
+            assert_close(np.float32(x), np.float32(y[:, own]), 0.01)
+    flops = [program.cost_analysis()["flops"] for program in programs]
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)
 
 
 def test_the_longest_length_lies_between_two_probes():

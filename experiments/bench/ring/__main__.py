@@ -6,6 +6,8 @@ Groups, the most telling first:
               from three runs (full, without its moves, without its blocks)
   strategies  the same at lengths per device by each strategy of `context_attention`, and which of
               them "auto" picks, with a chart
+  alone       only if named: on one device, what one of `--ranks` devices computes by each strategy
+              of `strategies`, which bounds what so many can reach: moves cost nothing
   training    TNL and the softmax Transformer of 385M parameters: tokens per second and device of
               whole training steps, at lengths per device
   methods     the longest sequence on which the softmax Transformer trains with vanilla, memory-
@@ -54,13 +56,14 @@ class Group(NamedTuple):
 GROUPS = {
     "ideal": Group(attention.measure_ideal, attention.shown),
     "strategies": Group(attention.measure_strategies, attention.shown),
+    "alone": Group(attention.measure_alone, attention.shown),
     "training": Group(training.measure, training.shown),
     "methods": Group(methods.measure, methods.shown),
     "longest": Group(training.measure_longest, training.shown_longest),
     "trace": Group(trace.measure, trace.shown),
     "timeline": Group(trace.measure_rings, trace.shown),
 }
-PROFILED = ("trace", "timeline")
+IF_NAMED = ("alone", "trace", "timeline")
 
 
 def main() -> int:
@@ -101,12 +104,13 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     there = [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
-    add("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g not in PROFILED])
+    add("--groups", nargs="+", choices=GROUPS, default=[g for g in GROUPS if g not in IF_NAMED])
     add("--seconds", type=float, default=float("inf"), help="begin no measurement after them")
     add("--devices", type=int, nargs="+", default=there)
     add("--totals", type=int, nargs="+", help=f"of ideal and timeline; {attention.TOTALS}")
     add("--per-device", type=int, nargs="+", help=f"{attention.PER_DEVICE}, {training.PER_DEVICE}")
     add("--heads", type=heads_pair, nargs="+", help="16:16, of strategies 64:8 too")
+    add("--ranks", type=int, nargs="+", default=attention.RANKS, help="of alone")
     add("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     add("--batches", type=int, default=9, help="of calls, whose median is taken")
     add("--models", nargs="+", choices=MODELS, default=MODELS)

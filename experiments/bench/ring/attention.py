@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.bench._timing import REFUSALS, in_turn, timed_batch
+from experiments.bench.ring.parts import ALONE, COMMUNICATION, COMPUTE
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
 from longctx.compiler import training_options
 from longctx.device.programs import compile_all
@@ -21,6 +22,7 @@ from pallas_kernels.flash_attention import flash_attention
 RESULTS = ("o", "dq", "dk", "dv")
 TOTALS = (32768, 131072)
 PER_DEVICE = (4096, 8192, 32768)
+RANKS = (2, 4, 8)
 BATCH_MS = 200.0  # of queued calls: how long several devices take to start does not count then
 
 
@@ -31,7 +33,15 @@ def measure_ideal(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def measure_strategies(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every strategy at fixed lengths per device."""
-    return measure("strategies", list(strategy_cases(options)), options)
+    return measure("strategies", list(strategy_cases(options, options.devices)), options)
+
+
+def measure_alone(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One device's part of every strategy, without the others."""
+    cases = strategy_cases(options, options.ranks)
+    return measure(
+        ALONE, [c if c.name in ONE_DEVICE else c._replace(part=ALONE) for c in cases], options
+    )
 
 
 def ideal_cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -43,21 +53,21 @@ def ideal_cases(options: argparse.Namespace) -> Iterator[Case]:
         yield from map(case, singles())
         for devices in (n for n in options.devices if n > 1):
             yield from (case(name, devices) for name in singles())
-            for part in ("full", "compute", "communication"):
+            for part in ("full", COMPUTE, COMMUNICATION):
                 yield case("ring", devices, part)
 
 
-def strategy_cases(options: argparse.Namespace) -> Iterator[Case]:
-    """One device, then all strategies beside it."""
-    many = [n for n in options.devices if n > 1]
-    for local, devices, pair, which in itertools.product(
+def strategy_cases(options: argparse.Namespace, devices: Sequence[int]) -> Iterator[Case]:
+    """One device, then all strategies over several beside it, for each number of devices."""
+    many = [n for n in devices if n > 1]
+    for local, count, pair, which in itertools.product(
         options.per_device or PER_DEVICE, many, options.heads or [(16, 16), (64, 8)], PASSES
     ):
-        case = functools.partial(Case, local * devices, *pair, which)
+        case = functools.partial(Case, local * count, *pair, which)
         yield from map(case, singles())
         for name in options.strategies:
-            if name != "usp" or devices >= 4:
-                yield case(name, devices)
+            if name != "usp" or count >= 4:
+                yield case(name, count)
 
 
 def singles() -> Sequence[str]:
@@ -93,6 +103,8 @@ def measure(
                 yield row | found | compared(case, times)
             else:
                 yield row | {"failed": f"{type(found).__name__}: {found}"[:300]}
+    if group == ALONE:  # of whose results nothing is known
+        return
     shortest = min(case.length for case in todo)
     checked = [c for c in times if c.length == shortest and c.part == "full" and c.replicas == 1]
     exact = functools.lru_cache(maxsize=1)(float64)
@@ -120,15 +132,18 @@ def ready(case: Case, program: Any) -> Callable[[], float]:
 
 def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
     """A program's share of the ideal, or the overlap of a ring."""
-    if case.name in ONE_DEVICE or case.part == "compute":
+    if case.name in ONE_DEVICE or case.part == COMPUTE:
         return {}
-    if case.part == "communication":
-        full, compute = (times.get(case._replace(part=part)) for part in ("full", "compute"))
+    if case.part == COMMUNICATION:
+        full, compute = (times.get(case._replace(part=part)) for part in ("full", COMPUTE))
         if full is None or compute is None:
             return {}
         return {"overlap": (compute + times[case] - full) / min(compute, times[case])}
     first, all_at_once = (
-        min(times.get(case._replace(name=name, devices=n), np.inf) for name in ONE_DEVICE)
+        min(
+            times.get(case._replace(name=name, devices=n, part="full"), np.inf)
+            for name in ONE_DEVICE
+        )
         for n in (1, case.devices)
     )
     ideal, found = first / case.devices, {}
@@ -142,7 +157,8 @@ def compared(case: Case, times: dict[Case, float]) -> dict[str, Any]:
 def draw(case: Case) -> list[Array]:
     """Random q, k, v, do on the devices of a case."""
     name = "ours" if case.name in ONE_DEVICE else "ring"
-    return _draw(case._replace(which=PASSES[0], name=name, part="full"))
+    part = case.part if case.part == ALONE else "full"
+    return _draw(case._replace(which=PASSES[0], name=name, part=part))
 
 
 @functools.lru_cache(maxsize=3)  # one device's, and several devices' in two ways, of one shape

@@ -2,19 +2,16 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from longctx.parallel import Layout, context_attention, make_mesh, ring
-from pallas_kernels._pallas import unify_varying, varying_axes
+from experiments.bench.ring.parts import ALONE, only
+from longctx.parallel import Layout, context_attention, make_mesh
 from pallas_kernels.flash_attention import flash_attention
 
 WIDTH = 128
@@ -32,7 +29,7 @@ class Case(NamedTuple):
     which: str  # of PASSES
     name: Any  # of STRATEGIES, or of ONE_DEVICE
     devices: int = 1
-    part: str = "full"  # or "compute" or "communication"
+    part: str = "full"  # or one of `parts`
 
     @property
     def replicas(self) -> int:
@@ -54,7 +51,11 @@ class Case(NamedTuple):
     def operator(self) -> Callable[..., Any]:
         """Of q, k and v."""
         if self.name not in ONE_DEVICE:
-            return functools.partial(context_attention, strategy=self.name, layout=self.layout)
+            attend = functools.partial(context_attention, strategy=self.name, layout=self.layout)
+            if self.part == ALONE:
+                seq = P(None, "seq")
+                attend = jax.shard_map(attend, in_specs=seq, out_specs=seq, check_vma=False)
+            return attend
         attend = flash_attention
         if self.name == "cudnn":
             attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -63,12 +64,12 @@ class Case(NamedTuple):
 
     def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
         """The first devices of those at hand, along `seq`."""
-        return make_mesh(seq=self.devices, devices=devices)
+        return make_mesh(seq=1 if self.part == ALONE else self.devices, devices=devices)
 
     def operands(self, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
         """Shapes and shardings of q, k, v, do."""
         place = NamedSharding(mesh, P("seq") if self.name in ONE_DEVICE else P(None, "seq"))
-        shape = self.replicas, self.length
+        shape = self.replicas, self.local if self.part == ALONE else self.length
         return [
             jax.ShapeDtypeStruct((*shape, heads, WIDTH), jnp.bfloat16, sharding=place)
             for heads in (self.heads, self.kv_heads, self.kv_heads, self.heads)
@@ -85,45 +86,9 @@ class Case(NamedTuple):
             o, pull = jax.vjp(operator, q, k, v)
             return o, *pull(do)
 
-        with jax.set_mesh(mesh), only(self.part):
+        with jax.set_mesh(mesh), only(self.part, self.devices):
             program = forward if self.which == "forward" else both
             return jax.jit(program).lower(*self.operands(mesh))
-
-
-def only(part: str) -> ExitStack:
-    """The ring with its moves ("compute" only) or its blocks ("communication" only) left out.
-
-    What is left out hands on its inputs, so that the rest happens in the same order.
-    """
-
-    def after(x: Array, *others: Array) -> Array:
-        """`x`, which the compiler believes to depend on the others, so that they arrive."""
-        probe = jnp.stack([y[(0,) * y.ndim].astype(jnp.float32) for y in others]).sum()
-        return x + (0 * probe).astype(x.dtype)
-
-    def stay(x: Any, *_: Any) -> Any:
-        return lax.optimization_barrier(x)
-
-    def forward(q: Array, k: Array, v: Array, *, out_dtype: Any = None, **how: Any) -> Any:
-        o, lse = how.get("carry") or (
-            jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32),
-            jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
-        )
-        o, lse = unify_varying((o.astype(out_dtype or o.dtype), lse), varying_axes(q))
-        return after(o, k, v), lse
-
-    def backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:
-        gradients = [jnp.zeros(x.shape, jnp.float32) for x in (q, k, v)]
-        gradients = unify_varying(gradients, varying_axes(q))
-        return tuple(after(x, k, v, *rows) for x in gradients)
-
-    stack = ExitStack()
-    if part == "compute":
-        stack.enter_context(mock.patch.object(ring.lax, "ppermute", stay))
-    if part == "communication":
-        stack.enter_context(mock.patch.object(ring, "block_forward", forward))
-        stack.enter_context(mock.patch.object(ring, "block_backward", backward))
-    return stack
 
 
 def heads_pair(text: str) -> tuple[int, int]:
