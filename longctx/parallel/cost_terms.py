@@ -1,10 +1,9 @@
 """The cost model: seconds of one call of attention over devices, term by term.
 
 Attention runs at a fixed share of the chip's peak, less where rows see few keys; a ring's hop takes
-the longer of its compute (of the busiest rank) and its move, and a part of the shorter; every other
-collective is exposed. A backward pass has 2.5 times the products of a forward pass; by blocks of
-keys it may wait for memory. Devices are joined in islands (the GPUs of a host, the chips of a TPU
-slice); between islands every device has a slower link of its own.
+the longer of its compute (of the busiest rank) and its move; every other collective is exposed. A
+backward pass has 2.5 times the products of a forward pass. Devices are joined in islands (the GPUs
+of a host, the chips of a TPU slice); between islands every device has a slower link of its own.
 """
 
 import dataclasses
@@ -18,8 +17,6 @@ from longctx.parallel.hardware import Hardware
 from longctx.parallel.layout import Layout
 from longctx.parallel.shards import Shards
 from longctx.parallel.ulysses import kv_copies
-
-KEYS_OF_A_TILE = 128  # of the GPU kernel that makes dk and dv
 
 Strategy = Literal["ring", "all_gather", "ulysses", "usp"]
 
@@ -112,32 +109,14 @@ class Call:
         work = pairs + chip.forward_keys * self.local
         return self.pair_flops * work / (chip.flops * chip.forward)
 
-    def backward(self, pairs: float, *, whole: bool = False) -> float:
-        """Seconds of one backward over some keys, or over those of a `whole` sequence.
-
-        Each core takes a tile of keys, and goes through the queries that see it, of all heads of
-        its group. With a whole sequence's keys no time is lost to memory; with a block of them
-        cores are at different rows, and the cache keeps a part of what lies between these.
-        """
+    def backward(self, pairs: float) -> float:
+        """Seconds of one backward of this device's queries over some keys."""
         chip = self.hardware
         work = pairs + chip.backward_keys * self.local
-        products = 2.5 * self.pair_flops * work / (chip.flops * chip.backward)
-        if whole:
-            return products
-        read = self.widths * self.itemsize  # q and do of a row of a head
-        dq = 4 * self.key_width
-        rows = min(self.local, chip.cores * KEYS_OF_A_TILE)
-        between = rows * self.heads // self.kv_heads * (read + dq)
-        missed = max(0.0, 1 - chip.cache / between)
-        tiles = pairs * self.batch * self.heads / KEYS_OF_A_TILE
-        return max(products, missed * tiles * (read + 2 * dq) / chip.memory)
-
-    def hidden(self, compute: float, move: float) -> float:
-        """Seconds of a move behind compute, which it slows down."""
-        return max(compute, move) + self.hardware.contention * min(compute, move)
+        return 2.5 * self.pair_flops * work / (chip.flops * chip.backward)
 
     def ring(self) -> Cost:
-        """Keys travel; moves hide behind blocks, which they slow down."""
+        """Keys travel; moves hide behind blocks."""
         chip = self.hardware
         hops = self.pairs.shape[1]
         busiest = self.pairs.max(0)  # all ranks wait for the slowest of a hop
@@ -145,19 +124,19 @@ class Call:
         forward_traffic, backward_traffic = self.ring_traffic(hops)
         link = chip.permute_over(self.devices * self.inner)
         move, gradient = (size / link + chip.latency for size in (kv, dkv))
-        masked = hops - 1 if self.causal else 0
         compute = [self.forward(pairs) for pairs in busiest]
-        forward = sum(self.hidden(c, move) for c in compute[:-1]) + compute[-1]
-        forward += forward_traffic / chip.memory + masked * chip.forward_mask
-        backward = self.backward(busiest[0], whole=True)
+        forward = sum(max(c, move) for c in compute[:-1]) + compute[-1]
+        forward += forward_traffic / chip.memory
+        if self.causal:
+            forward += (hops - 1) * chip.mask
+        backward = self.backward(busiest[0])
         if hops > 1:
             half = self.backward(busiest[0]) / 2  # of the rank's own keys
             compute = [self.backward(pairs) for pairs in busiest[1:]]
             moves = [0.0] + [gradient] * (hops - 2)  # behind each: keys too, but for the last
             moves = [m + (move if hop + 2 < hops else 0) for hop, m in enumerate(moves)]
-            backward = self.hidden(half, move) + self.hidden(half, gradient)
-            backward += sum(map(self.hidden, compute, moves))
-            backward += backward_traffic / chip.memory + masked * chip.backward_mask
+            backward = max(half, move) + max(half, gradient) + sum(map(max, compute, moves))
+            backward += backward_traffic / chip.memory
         return Cost(
             strategy="ring",
             flops=float(self.pair_flops * busiest.sum()),
@@ -200,14 +179,14 @@ class Call:
         link = chip.gather_over(self.devices)
         gather = kv * others / link + chip.latency + 2 * kv * self.devices / chip.memory
         scatter = dkv * others / link + chip.latency + 2 * dkv * self.devices / chip.memory
-        masks = (chip.forward_mask, chip.backward_mask) if self.causal else (0.0, 0.0)
+        mask = chip.mask if self.causal else 0.0
         return Cost(
             strategy="all_gather",
             flops=self.pair_flops * pairs,
             forward_bytes=kv * others,
             backward_bytes=dkv * others,
-            forward_seconds=gather + self.forward(pairs) + masks[0],
-            backward_seconds=scatter + self.backward(pairs) + masks[1],
+            forward_seconds=gather + self.forward(pairs) + mask,
+            backward_seconds=scatter + self.backward(pairs),
             overlap_threshold=None,
         )
 

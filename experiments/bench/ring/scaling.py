@@ -12,12 +12,14 @@ Writes results/ring_scaling.jsonl and draws a chart from it.
 import argparse
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from experiments.bench.ring.parts import ALONE
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, STRATEGIES, WIDTH, Case
 from longctx.parallel import Layout, explain
 from longctx.parallel.cost import cheapest
@@ -26,7 +28,13 @@ from longctx.parallel.hardware import HARDWARE, Hardware, hardware_of
 from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
-MEASURED = ("ring_ideal", "ring_strategies", "ring_pair_ideal", "ring_four_ideal")
+MEASURED = (
+    "ring_pair_ideal",
+    "ring_four_ideal",
+    "ring_h200_ideal",
+    "ring_h200_strategies",
+    "ring_h200_alone",
+)
 CHIPS = ("H100", "TPU v5")
 DEVICES = (8, 64, 512)
 PER_DEVICE = tuple(2**n for n in range(10, 18))
@@ -92,11 +100,18 @@ def extrapolated() -> Iterator[dict[str, Any]]:
 
 
 def beside_measured(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Measured times of the benchmark, each with its prediction."""
+    """Measured times of the benchmark, each with its prediction.
+
+    Of what is timed alone the ring only: of others' moves it has copies that the model knows not.
+    """
     for row in rows:
         chip, case = hardware_of(row["device"]), case_of(row)
-        if chip is None or "ms" not in row or case.part != "full":
+        if chip is None or "ms" not in row or case.part not in ("full", ALONE):
             continue
+        if case.part == ALONE:
+            if case.name != "ring":
+                continue
+            chip = dataclasses.replace(chip, permute=math.inf, between=math.inf, latency=0.0)
         each = case._replace(name="ring", devices=1)  # of what one device can run, on one or all
         cost = predicted(each if case.name in ONE_DEVICE else case, chip)
         if cost is not None and case.name != "cudnn":
