@@ -20,7 +20,8 @@ INTRODUCTION = """# Results
 
 Made from the committed rows by `python -m experiments.results`; nothing is typed.
 A ratio is ours over theirs: times below 1, speeds above 1 are better. Where a paper's own number
-stands beside ours, the device differs; everything else was measured in one run on one machine.
+stands beside ours, the device differs; everything else was measured on one machine in one run, but
+in sections that name several devices, commits or commands, whose rows are of several runs.
 At the end stand what was [not measured yet](#not-measured-yet), with what it takes, and what of the
 papers is [left out](#left-out), with the reason.
 """

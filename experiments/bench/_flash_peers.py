@@ -112,13 +112,3 @@ IMPLEMENTATIONS: dict[str, Callable[[Shape], Attend]] = {
     "jax triton": jax_triton,
     "jax mosaic": jax_mosaic,
 }
-
-
-def with_gradients(attend: Attend) -> Callable[..., tuple[jax.Array, ...]]:
-    """(q, k, v, do) -> (o, dq, dk, dv)."""
-
-    def both(q, k, v, do):
-        o, pullback = jax.vjp(attend, q, k, v)
-        return o, *pullback(do)
-
-    return both

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.bench._passes import with_gradients
 from pallas_kernels.lightning_attention import alibi_log_decay, lightning_attention
 
 FORWARD = ("q", "k", "v")
@@ -63,10 +64,6 @@ def lowerings(name: str, shape: Shape) -> list[Callable[[], jax.stages.Lowered]]
     exact = name == EXACT
     attend = OPERATORS["xla" if exact else name]
 
-    def both(q, k, v, do, log_decay):
-        o, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, log_decay), q, k, v)
-        return o, *pullback(do)
-
     def lower(function: Callable[..., Any], *args: str) -> jax.stages.Lowered:
         types = jax.eval_shape(shape.inputs)
         with jax.enable_x64(exact):
@@ -76,7 +73,7 @@ def lowerings(name: str, shape: Shape) -> list[Callable[[], jax.stages.Lowered]]
 
     return [
         functools.partial(lower, attend, *FORWARD, "log_decay"),
-        functools.partial(lower, both, *INPUTS, "log_decay"),
+        functools.partial(lower, with_gradients(attend), *INPUTS, "log_decay"),
     ]
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 
-from longctx.provenance import device_info, read_rows, write_rows
-
 # What the code of others raises where it will not run.
 REFUSALS = (
     AssertionError,
@@ -22,16 +20,6 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
-
-__all__ = [
-    "REFUSALS",
-    "device_info",
-    "in_turn",
-    "read_rows",
-    "time_ms",
-    "timed_batch",
-    "write_rows",
-]
 
 
 def time_ms(

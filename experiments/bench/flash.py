@@ -26,10 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench._claims import claims_table
-from experiments.bench._flash_peers import IMPLEMENTATIONS, Shape, ours, with_gradients
+from experiments.bench._flash_peers import IMPLEMENTATIONS, Shape, ours
 from experiments.bench._flash_report import claims, plot, table
-from experiments.bench._timing import REFUSALS, in_turn, read_rows, timed_batch, write_rows
+from experiments.bench._passes import with_gradients
+from experiments.bench._timing import REFUSALS, in_turn, timed_batch
 from longctx.device.programs import compile_all
+from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")

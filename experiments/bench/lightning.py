@@ -49,8 +49,9 @@ from experiments.bench._lightning_peers import (
     on,
 )
 from experiments.bench._lightning_report import claims, plot, table
-from experiments.bench._timing import REFUSALS, read_rows, time_ms, write_rows
+from experiments.bench._timing import REFUSALS, time_ms
 from longctx.device.programs import compile_all, does_not_fit
+from longctx.provenance import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("o", "dq", "dk", "dv")

@@ -17,10 +17,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from experiments.bench._timing import write_rows
 from longctx.models import MODELS, build
 from longctx.models.config import TensorizedConfig
 from longctx.nn.cache import Cache
+from longctx.provenance import write_rows
 from longctx.train.flops import device_peak, forward_flops
 
 RESULTS = Path(__file__).parent / "results" / "prefill.jsonl"

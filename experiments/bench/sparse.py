@@ -21,11 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from experiments.bench._claims import Claim, claims_table
-from experiments.bench._timing import time_ms, write_rows
+from experiments.bench._passes import with_gradients
+from experiments.bench._timing import time_ms
 from longctx.attention import rows as row_moves
 from longctx.attention import sparse
 from longctx.attention.intervals import Plan, attend, places, plan_drop, plan_hash, visited_tiles
 from longctx.device.programs import compile_all
+from longctx.provenance import write_rows
 from pallas_kernels.flash_attention import flash_attention
 
 TOKENS, HEADS, WIDTH, TILE = 32768, 16, 64, 128
@@ -51,16 +53,6 @@ def inputs(batch: int, length: int, heads: int = HEADS, width: int = WIDTH) -> l
     """Random q, k, v and do."""
     keys = jax.random.split(jax.random.key(0), 4)
     return [jax.random.normal(key, (batch, length, heads, width), jnp.bfloat16) for key in keys]
-
-
-def both(operator: Callable[..., Array]) -> jax.stages.Wrapped:
-    """Forward and backward of `operator(q, k, v, *rest)` for a given cotangent."""
-
-    def run(q: Array, k: Array, v: Array, do: Array, *rest: Array) -> Any:
-        o, pull = jax.vjp(lambda q, k, v: operator(q, k, v, *rest), q, k, v)
-        return o, *pull(do)
-
-    return jax.jit(run)
 
 
 def dense_arms(length: int) -> Iterator[Arm]:
@@ -163,7 +155,9 @@ def compare(batch: int, length: int, only: str) -> Iterator[dict[str, Any]]:
     programs = compile_all(
         functools.partial(program.lower, *part)
         for arm, pair in zip(chosen, args, strict=True)
-        for program, part in zip((jax.jit(arm.function), both(arm.function)), pair, strict=True)
+        for program, part in zip(
+            map(jax.jit, (arm.function, with_gradients(arm.function))), pair, strict=True
+        )
     )
     dense = None
     for arm, pair, forward, total in zip(chosen, args, programs[::2], programs[1::2], strict=True):
@@ -216,7 +210,7 @@ def pieces(batch: int, length: int, buckets: int = 16) -> Iterator[dict[str, Any
         ("move q, k and v", jax.jit(move_all), (q, k, v, plan)),
         ("copy q, k and v", jax.jit(lambda *x: [-y for y in x]), (q, k, v)),
         ("attend, forward", jax.jit(attention), (*moved, *limits)),
-        ("attend, forward and backward", both(attention), (*moved, do, *limits)),
+        ("attend, forward and backward", jax.jit(with_gradients(attention)), (*moved, do, *limits)),
     ):
         yield {"piece": name, "ms": time_ms(function, *args)}
 

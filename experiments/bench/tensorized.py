@@ -10,15 +10,16 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments.bench._timing import time_ms, write_rows
+from experiments.bench._passes import with_gradients
+from experiments.bench._timing import time_ms
 from longctx.attention.tensorized import tensorized_attention
 from longctx.device.programs import compile_all
+from longctx.provenance import write_rows
 
 RESULTS = Path(__file__).parent / "results" / "tensorized.jsonl"
 
@@ -41,16 +42,6 @@ def operators(options: argparse.Namespace) -> Iterator[tuple[str, Callable[..., 
     yield "mixed radix, plain", plain
 
 
-def both(operator: Callable[..., Array]) -> Callable[..., Any]:
-    """Forward and backward of `operator(q, k, v)` for a given cotangent."""
-
-    def run(q: Array, k: Array, v: Array, do: Array) -> Any:
-        o, pull = jax.vjp(operator, q, k, v)
-        return o, *pull(do)
-
-    return run
-
-
 type Pair = tuple[jax.stages.Compiled, jax.stages.Compiled]
 
 
@@ -62,7 +53,7 @@ def compile_pairs(
     programs = compile_all(
         functools.partial(jax.jit(function).lower, *args)
         for operator in pairs.values()
-        for function, args in ((operator, (q, k, v)), (both(operator), (q, k, v, do)))
+        for function, args in ((operator, (q, k, v)), (with_gradients(operator), (q, k, v, do)))
     )
     return dict(zip(pairs, zip(programs[::2], programs[1::2], strict=True), strict=True))
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.bench.ring.scaling import picked
+from experiments.bench.ring.parts import ALONE
+from experiments.bench.ring.scaling import case_of, picked
 from experiments.lines.line import Line, Row, compare_ms, compare_speed
 from experiments.ring_attention.max_context import PAPER as MAX_CONTEXT
 from experiments.ring_attention.max_context import longest
@@ -125,9 +126,10 @@ def _shape(r: Row) -> tuple[Any, ...]:
 
 def _sharded(r: Row) -> str:
     """A program over devices, in words."""
-    each = f"{r['devices']} x {r['length'] // r['devices']} tokens"
-    which = r["which"].replace("_", " + ")
-    return f"{r['name']}, {which}, {each}, heads {r['heads']}:{r['kv_heads']}"
+    local = case_of(r).local
+    which, each = r["which"].replace("_", " + "), f"{r['devices']} x {local} tokens"
+    alone = ", what one computes" if r["part"] == ALONE else ""
+    return f"{r['name']}, {which}, {each}, heads {r['heads']}:{r['kv_heads']}{alone}"
 
 
 def schedule(rows: Sequence[Row]) -> Iterator[Line]:

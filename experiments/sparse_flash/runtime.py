@@ -20,8 +20,9 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+from experiments.bench._passes import with_gradients
 from experiments.bench._timing import time_ms
-from experiments.bench.sparse import Arm, both, dense_arms, drop_arm, hash_arm, inputs
+from experiments.bench.sparse import Arm, dense_arms, drop_arm, hash_arm, inputs
 from longctx.device.programs import compile_all
 from longctx.reproduce import Row
 
@@ -81,7 +82,8 @@ class Runtime:
             arms = _arms(grid, (batch, length, grid.heads))
             arrays = inputs(batch, length, grid.heads, grid.width)
             programs = compile_all(
-                functools.partial(both(arm.function).lower, *arrays, *arm.rest) for arm in arms
+                functools.partial(jax.jit(with_gradients(arm.function)).lower, *arrays, *arm.rest)
+                for arm in arms
             )
             times = [
                 time_ms(program, *arrays, *arm.rest, batches=3)

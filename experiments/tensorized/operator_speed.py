@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.bench._passes import with_gradients
 from experiments.bench._timing import time_ms
-from experiments.bench.tensorized import both
 from longctx.attention.tensorized import tensorized_attention
 from longctx.device.programs import compile_all
 from longctx.reproduce import Row
@@ -127,7 +127,7 @@ def _lowerings(
     q, k, v, do = _types(length, heads)
     yield functools.partial(jax.jit(operator).lower, q, k, v)
     if length <= DENSE_UP_TO:
-        yield functools.partial(jax.jit(both(operator)).lower, q, k, v, do)
+        yield functools.partial(jax.jit(with_gradients(operator)).lower, q, k, v, do)
 
 
 EXPERIMENT = OperatorSpeed()

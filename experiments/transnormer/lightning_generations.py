@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from experiments.bench._lightning_peers import FORWARD, INPUTS, Shape
+from experiments.bench._passes import with_gradients
 from experiments.bench._timing import time_ms
-from experiments.bench.tensorized import both
 from longctx.device.programs import bytes_needed, compile_all
 from longctx.figures import length_axis, tidy
 from longctx.reproduce import Row
@@ -108,16 +108,11 @@ def operators() -> dict[str, Pair]:
     def softmax(attend: Callable[..., Any]) -> Pair:
         return (
             lambda q, k, v, log_decay: attend(q, k, v),
-            lambda q, k, v, do, log_decay: both(attend)(q, k, v, do),
+            lambda q, k, v, do, log_decay: with_gradients(attend)(q, k, v, do),
         )
 
     found = {
-        "LA2": (
-            lightning_attention,
-            lambda q, k, v, do, log_decay: both(
-                functools.partial(lightning_attention, log_decay=log_decay)
-            )(q, k, v, do),
-        ),
+        "LA2": (lightning_attention, with_gradients(lightning_attention)),
         "LA1": (left_product, left_gradients),
         "softmax": softmax(flash_attention),
     }

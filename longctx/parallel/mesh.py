@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def make_mesh(
 
     Raises:
       ValueError: there are fewer devices than `config` needs, or processes without a device in
-        the mesh, or the slices cannot be laid along the axes.
+        the mesh, or it would use more devices of one slice than of another.
       TypeError: both a config and sizes are given, or a size names no axis.
     """
     if config is not None and sizes:
@@ -78,15 +79,19 @@ def make_mesh(
 def _arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices as an array of the mesh's shape, near ones near each other."""
     sizes = tuple(config.shape.values())
-    slices = left = len({getattr(device, "slice_index", 0) for device in devices})
+    of_slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices = left = len(of_slices)
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if len(set(of_slices.values())) > 1:
+        used = [*of_slices.values()]
+        raise ValueError(
+            f"{config} uses {used} devices of {slices} slices: it must use as many of each"
+        )
     outer = []
     for size in sizes:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
-    if left > 1:
-        raise ValueError(f"{config} cannot be laid over {slices} slices: no axes multiply to that")
     inner = [size // n for size, n in zip(sizes, outer, strict=True)]
     return mesh_utils.create_hybrid_device_mesh(
         inner, outer, devices, allow_split_physical_axes=True

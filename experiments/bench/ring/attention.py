@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments.bench._passes import with_gradients
 from experiments.bench._timing import REFUSALS, in_turn, timed_batch
 from experiments.bench.ring.parts import ALONE, COMMUNICATION, COMPUTE
 from experiments.bench.ring.programs import ONE_DEVICE, PASSES, Case
@@ -175,12 +176,7 @@ def _draw(case: Case) -> list[Array]:
 def float64(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Operands of `case`, tokens in position order, and o, dq, dk, dv in float64."""
     args = [np.asarray(x) for x in draw(case)]
-
-    @jax.jit
-    def both(q: Array, k: Array, v: Array, do: Array) -> Any:
-        o, pull = jax.vjp(functools.partial(flash_attention, backend="xla"), q, k, v)
-        return o, *pull(do)
-
+    both = jax.jit(with_gradients(functools.partial(flash_attention, backend="xla")))
     with jax.enable_x64(True):
         return args, [np.asarray(x) for x in both(*(jnp.asarray(x, jnp.float64) for x in args))]
 

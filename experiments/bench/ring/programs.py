@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from experiments.bench._passes import with_gradients
 from experiments.bench.ring.parts import ALONE, only
 from longctx.parallel import Layout, context_attention, make_mesh
 from pallas_kernels.flash_attention import flash_attention
@@ -82,12 +83,8 @@ class Case(NamedTuple):
         def forward(q: Array, k: Array, v: Array, do: Array) -> Any:
             return operator(q, k, v)
 
-        def both(q: Array, k: Array, v: Array, do: Array) -> Any:
-            o, pull = jax.vjp(operator, q, k, v)
-            return o, *pull(do)
-
         with jax.set_mesh(mesh), only(self.part, self.devices):
-            program = forward if self.which == "forward" else both
+            program = forward if self.which == "forward" else with_gradients(operator)
             return jax.jit(program).lower(*self.operands(mesh))
 
 

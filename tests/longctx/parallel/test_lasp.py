@@ -117,7 +117,7 @@ def check_error(devices):
     for name, many, single in zip(
         ("o", "dq", "dk", "dv", "dlog_decay"), errors(got, want), one, strict=True
     ):
-        assert many <= 1.1 * single + 1e-3, name
+        assert many <= 1.1 * single + 1e-6, name
 
 
 @pytest.mark.skipif(

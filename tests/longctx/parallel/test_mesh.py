@@ -2,11 +2,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.parallel.mesh import AXES, BATCH, MeshConfig, make_mesh, shard_operator
+from longctx.topologies import topology_devices
 from tests.harness import assert_close
 
 SPEC = P(BATCH, None, "tensor", None)
@@ -45,6 +47,23 @@ def test_make_mesh():
         MeshConfig(seq=0)
     with pytest.raises(TypeError, match="not both"):
         make_mesh(MeshConfig(), seq=2)
+
+
+def test_slices_lie_along_the_outer_axes():
+    """Of two slices of four chips: an axis goes over both only if those inside of it fill them."""
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+    devices = topology_devices("2xv5e:2x2")
+
+    def slices(**sizes):
+        mesh = make_mesh(**sizes, devices=devices)
+        return np.vectorize(lambda device: device.slice_index)(mesh.devices)
+
+    for outer, sizes in ((0, {"data": 2, "seq": 4}), (1, {"fsdp": 4, "tensor": 2})):
+        found = np.moveaxis(slices(**sizes), outer, 0)
+        first, second = np.split(found, 2)
+        assert (first == 0).all() and (second == 1).all()
+    with pytest.raises(ValueError, match=r"uses \[4, 2\] devices of 2 slices: .* as many of each"):
+        slices(seq=6)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -34,7 +34,6 @@ from tests.topologies import gpu_mesh
 
 ON_GPU = jax.default_backend() == "gpu"
 TOKENS, STATES = P("data", None, "tensor"), P("data", "tensor")
-MOST_SPILLED = 1500  # bytes a thread, by the three sweeps of a packed backward
 TOLERANCE = {jnp.bfloat16: 5e-3, jnp.float16: 1e-3}
 SPLIT = GpuTiles(segments=2, workers=2, stages=2)
 
@@ -200,27 +199,31 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    ("widths", "length", "packed", "axis_type"),
+    ("widths", "length", "packed", "axis_type", "most_spilled"),  # bytes a thread
     [
-        ((128, 128), 2**20, False, AxisType.Auto),
-        slow((128, 128), 4096, True, AxisType.Explicit),
-        slow((64, 64), 1000, True, AxisType.Auto),
-        slow((96, 96), 4096, False, AxisType.Auto),
-        slow((192, 96), 1000, True, AxisType.Auto),
-        slow((256, 128), 4096, True, AxisType.Explicit),
-        slow((256, 256), 4096, False, AxisType.Auto),
+        ((128, 128), 2**20, False, AxisType.Auto, 600),
+        slow((128, 128), 4096, True, AxisType.Explicit, 900),
+        slow((64, 64), 1000, True, AxisType.Auto, 50),
+        slow((96, 96), 4096, False, AxisType.Auto, 650),
+        slow((192, 96), 1000, True, AxisType.Auto, 650),
+        slow((256, 128), 4096, True, AxisType.Explicit, 600),
+        slow((256, 256), 4096, False, AxisType.Auto, 1300),
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)])
-def test_compiles_for_h100(widths, length, packed, axis_type, dtype, ptxas):
-    """Too much shared memory is an error; few registers are spilled; nothing is gathered."""
+def test_compiles_for_h100(widths, length, packed, axis_type, most_spilled, dtype, ptxas):
+    """Too much shared memory is an error; few registers are spilled; nothing is gathered.
+
+    Nor is anything quadratic in memory.
+    """
     compiled = compile_for_h100(widths, length, dtype, packed, axis_type)
     text = compiled.as_text()
     assert text.count('custom_call_target="mosaic_gpu') >= 4
     for kind in ("all-gather", "all-to-all", "all-reduce", "collective-permute", "while("):
         assert kind not in text, kind
-    # Of one device: the states of at most 64 segments, and what pads ragged rows.
-    states = 64 * 8 * 256 * 256 * 4
-    padded = 8 * 8 * 256 * length * 2 if length < 2**20 else 0
+    # Of one device: states of at most 64 segments, and operands with wider heads or whole tiles.
+    D, E = (next(x for x in (64, 128, 256) if x >= width) for width in widths)
+    states = min(64, length // 256) * 8 * D * E * 4
+    padded = 8 * length * 8 * (D + E) if widths != (D, E) or length % 256 else 0
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * states + padded
-    assert max(ptxas.spilled()) <= MOST_SPILLED, ptxas.spilled()
+    assert max(ptxas.spilled()) <= most_spilled, ptxas.spilled()
