@@ -71,7 +71,8 @@ def adapt(arguments: Sequence[str]) -> None:
 
     source, *overrides = arguments
     found = source_config(pathlib.Path(source))
-    begun = dataclasses.replace(found, train=dataclasses.replace(found.train, init=source))
+    init = str(pathlib.Path(source))  # without a slash at its end, by which resuming would differ
+    begun = dataclasses.replace(found, train=dataclasses.replace(found.train, init=init))
     default = TrainOptions(begun, pathlib.Path("runs") / f"{pathlib.Path(source).name}-adapted")
     _launch(parse(TrainOptions, f"adapt {source}", overrides, default=default))
 
@@ -216,7 +217,7 @@ def generate(arguments: Sequence[str]) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from longctx.data.tokenizer import load_tokenizer
+    from longctx.data.tokenizer import decode_behind, load_tokenizer
     from longctx.generate import generate as run
     from longctx.train.restore import load_run
 
@@ -237,6 +238,7 @@ def generate(arguments: Sequence[str]) -> None:
         sampling=Sampling(options.temperature, options.top_p),
         keys=jax.random.split(jax.random.key(options.seed), len(prompts)),
         stop=tokenizer.boundary,
+        vocab_size=tokenizer.vocab_size,
     )
-    for text, row in zip(options.prompt, np.asarray(added), strict=True):
-        print(text + tokenizer.decode(row.tolist()))
+    for text, prompt, row in zip(options.prompt, prompts, np.asarray(added), strict=True):
+        print(text + decode_behind(tokenizer, prompt, row.tolist()))

@@ -36,6 +36,7 @@ def generate(
     sampling: Sampling | None = None,
     keys: Key[Array, "B"] | None = None,
     stop: int | None = None,
+    vocab_size: int | None = None,
 ) -> Int[Array, "B N"]:
     """Continue each prompt by `max_new_tokens` tokens.
 
@@ -52,6 +53,7 @@ def generate(
       keys: one random key per row (`jax.random.split(key, B)`), needed unless sampling is greedy.
       stop: token that ends a row; the rest of that row repeats it, and decoding ends early once
         every row has ended.
+      vocab_size: of the tokenizer, whose tokens alone are drawn; None: all that the model has.
 
     Raises:
       ValueError: a length or `max_new_tokens` below 1, or sampling without keys.
@@ -63,25 +65,25 @@ def generate(
         raise ValueError(f"{lengths=} must lie in [1, {prompts.shape[1]}]")
     graph, state = nnx.split(model)
     run = _jitted(jax.default_backend())
-    return run(graph, state, prompts, lengths, keys, max_new_tokens, sampling, stop)
+    return run(graph, state, prompts, lengths, keys, max_new_tokens, sampling, stop, vocab_size)
 
 
 @functools.cache
 def _jitted(platform: str) -> Any:
     return jax.jit(
         _generate,
-        static_argnames=("graph", "count", "sampling", "stop"),
+        static_argnames=("graph", "count", "sampling", "stop", "vocab_size"),
         compiler_options=decoding_options(platform),
     )
 
 
-def _generate(graph, state, prompts, lengths, keys, count, sampling, stop):
+def _generate(graph, state, prompts, lengths, keys, count, sampling, stop, vocab_size):
     model = nnx.merge(graph, state)
     batch, length = prompts.shape
 
     def draw(logits, i):
         step_keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        return sample(logits, sampling, step_keys)
+        return sample(logits[:, :vocab_size], sampling, step_keys)
 
     def unfinished(carry):
         i, _, token, _ = carry

@@ -165,32 +165,40 @@ def _axes(devices: Sequence[int], mesh: Mesh) -> list[str]:
             if len(set(along)) > 1] if places else []  # fmt: skip
 
 
+def amount(value: float, unit: str, billion: str = "G") -> str:
+    """Three digits of `value` in the largest thousandfold of `unit` that it reaches, up to T."""
+    prefixes, digits = ("", "k", "M", billion, "T"), len(str(int(value)))
+    power = min((digits - 1) // 3, len(prefixes) - 1)
+    decimals = max(0, 3 * power + 3 - digits) if power else 0
+    return f"{value / 1000**power:.{decimals}f} {prefixes[power]}{unit}"
+
+
 def show(report: dict[str, Any]) -> None:
     """Print a report."""
     console, memory = Console(), report["bytes_per_device"]
     used = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1)
     console.print(
-        f"{report['run']}: {report['parameters'] / 1e9:.2f}B parameters, "
+        f"{report['run']}: {amount(report['parameters'], ' parameters', billion='B')}, "
         f"{report['tokens_per_step']:,} tokens a step in sequences of {report['sequence_length']:,}"
     )
     console.print(f"{report['topology']}: {report['devices']} devices, mesh {used or 'of one'}")
     verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[report["fits"]]
     console.print(
-        f"memory per device: {memory['all'] / 1e9:.1f} GB "
-        f"(state and batch {memory['state_and_batch'] / 1e9:.1f}, "
-        f"temporary {memory['temporary'] / 1e9:.1f}): {verdict}"
+        f"memory per device: {amount(memory['all'], 'B')} "
+        f"(state and batch {amount(memory['state_and_batch'], 'B')}, "
+        f"temporary {amount(memory['temporary'], 'B')}): {verdict}"
     )
-    console.print(f"compute per device: {report['flops_per_device'] / 1e12:.1f} TFLOP a step")
+    console.print(f"compute per device: {amount(report['flops_per_device'], 'FLOP')} a step")
     table = Table(title="collectives of one step, per device")
-    for column in ("kind", "axes", "count", "GB", "exposed", "exposed GB"):
+    for column in ("kind", "axes", "count", "bytes", "exposed", "exposed bytes"):
         table.add_column(column, justify="left" if column in ("kind", "axes") else "right")
     for row in report["collectives"]:
         table.add_row(
             row["kind"],
             row["axes"],
             str(row["count"]),
-            f"{row['bytes'] / 1e9:.3f}",
+            amount(row["bytes"], "B"),
             str(row["exposed"]),
-            f"{row['exposed_bytes'] / 1e9:.3f}",
+            amount(row["exposed_bytes"], "B"),
         )
     console.print(table)

@@ -32,9 +32,10 @@ def coded_cache_attention(
     """Attention of the queries at positions start[b] + t to the slots of their code.
 
     Slot s holds position s; a query sees s < start[b] + t, and s = start[b] + t unless `strict`.
-    Without such a slot it gives 0. Softmax in float32.
+    Without such a slot it gives 0. Scores and softmax in float32, or float64 for such queries.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = jnp.promote_types(q.dtype, jnp.float32)
     batch, length = q.shape[:2]
     rows = min(ROWS, length)
     slots = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None, None]
@@ -49,7 +50,10 @@ def coded_cache_attention(
         q, codes, stop = part
         same = codes.transpose(0, 2, 1)[..., None] == k_codes
         seen = same & (slots < stop[:, None, :, None])
-        s = scale * jnp.einsum("brhd,bshd->bhrs", q, keys).astype(jnp.float32)
+        product = jnp.einsum(
+            "brhd,bshd->bhrs", q, keys, precision="highest", preferred_element_type=wide
+        )
+        s = scale * product
         p = jnp.where(seen, jax.nn.softmax(s, axis=-1, where=seen), 0.0)
         return jnp.einsum("bhrs,bshe->brhe", p.astype(values.dtype), values)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.shards import pack, unpack
+from longctx.parallel.ulysses import kv_copies
 from pallas_kernels.flash_attention import block_forward
 
 
@@ -56,19 +57,16 @@ def decode_attention(
             f"q, keys, values must be [B, T, H, D], [B, S, K, D], [B, S, K, E], "
             f"got {q.shape}, {keys.shape}, {values.shape}"
         )
-    if start.shape != q.shape[:1]:
-        raise ValueError(f"start must be [B] = {q.shape[:1]}, got {start.shape}")
-    if window is not None and window < 1:
-        raise ValueError(f"{window=} must be at least 1")
+    if start.shape != q.shape[:1] or not jnp.issubdtype(start.dtype, jnp.integer):
+        raise ValueError(f"start must be integer, [B] = {q.shape[:1]}, got {start}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"{window=} must be an int, at least 1")
     devices, inside = sequence_axis(axis)
     slots = keys.shape[1] * devices if inside else keys.shape[1]
     layout = as_layout(layout, devices)
     layout.check(slots, devices)
-    if q.shape[2] % keys.shape[2] or keys.shape[2] % free_size(head_axis):
-        raise ValueError(
-            f"{q.shape[2]} query heads must be a multiple of {keys.shape[2]} key/value heads, "
-            f"and these of the devices along {head_axis=}"
-        )
+    copies = kv_copies(q.shape[2], keys.shape[2], free_size(head_axis))
+    keys, values = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (keys, values))
 
     def attend(q: Array, keys: Array, values: Array, start: Array) -> Array:
         stop = start[:, None] + 1 + jnp.arange(q.shape[1], dtype=start.dtype)[None]
@@ -82,7 +80,8 @@ def decode_attention(
             o = _merge(o, lse, axis)
         return o.astype(q.dtype)
 
-    cache = P(batch_axes, axis, head_axis, None)
+    # Over an axis of one device nothing is merged: what varies along it could not become `rows`.
+    cache = P(batch_axes, axis if devices > 1 else None, head_axis, None)
     rows = P(batch_axes, None, head_axis, None)
     return shard_operator(attend, (rows, cache, cache, P(batch_axes)), rows)(q, keys, values, start)
 

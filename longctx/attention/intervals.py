@@ -41,6 +41,17 @@ def places(rows: int) -> int:
     return rows if rows < 2048 else rows + -rows % TILE_ROWS
 
 
+def check_call(q: Array, k: Array, v: Array, doc_start: Int[Array, "B T"] | None) -> None:
+    """Raise ValueError if an axis is empty or doc_start is not one integer per token."""
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"no axis may be empty: q {q.shape}, k {k.shape}, v {v.shape}")
+    if doc_start is None:
+        return
+    if doc_start.shape != q.shape[:2] or not jnp.issubdtype(doc_start.dtype, jnp.integer):
+        got = f"{doc_start.dtype} {doc_start.shape}"
+        raise ValueError(f"doc_start must be integer [B, T] = {q.shape[:2]}, got {got}")
+
+
 def attend(
     plan: Plan,
     q: Float[Array, "B T H D"],

@@ -19,6 +19,11 @@ class LayerSlots:
     layers: Shaped[Array, "L B S *F"]
     layer: Int[Array, ""]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the layer's slots."""
+        return self.layers.shape[1:]
+
 
 def append[Memory: (Array, LayerSlots)](
     memory: Memory, x: Shaped[Array, "B T *F"], start: Int[Array, "B"], new: Int[Array, "B"]
@@ -28,7 +33,7 @@ def append[Memory: (Array, LayerSlots)](
     Padding, and what no longer fits, goes nowhere.
     """
     if isinstance(memory, LayerSlots):
-        place = (memory.layer, *_places(memory.layers.shape[2], x, start, new))
+        place = (memory.layer, *_places(memory.shape[1], x, start, new))
         layers = memory.layers.at[place].set(x.astype(memory.layers.dtype), mode="drop")
         return dataclasses.replace(memory, layers=layers)
     place = _places(memory.shape[1], x, start, new)

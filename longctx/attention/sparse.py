@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from longctx.attention.intervals import attend, plan_drop, plan_hash
+from longctx.attention.intervals import attend, check_call, plan_drop, plan_hash
 
 
 def overflow(keep: Bool[Array, "B T H"], capacity: int) -> Int[Array, "B H"]:
@@ -48,9 +48,14 @@ def qk_sparse_attention(
     Gradients flow to q, k and v. Source: arXiv 2306.01160, section 3 (QK-sparse).
 
     Raises:
-      ValueError: a capacity is not positive, or the shapes disagree.
+      ValueError: a capacity is not positive, a keep mask is not bool, doc_start is not integer,
+        an axis is empty, or the shapes disagree.
     """
+    check_call(q, k, v, doc_start)
     _check_rows(q, keep_q=keep_q, keep_k=keep_k)
+    for name, keep in (("keep_q", keep_q), ("keep_k", keep_k)):
+        if keep.dtype != bool:
+            raise ValueError(f"{name} must be bool, got {keep.dtype}")
     plan = plan_drop(
         keep_q, keep_k, capacity_q=capacity_q, capacity_k=capacity_k, doc_start=doc_start
     )
@@ -90,6 +95,8 @@ def _check_rows(q: Float[Array, "B T H D"], **rows: Array) -> None:
 def _check_hashes(q: Array, hashes: tuple[Array, ...], num_buckets: int) -> None:
     for x in hashes:
         _check_rows(q, hashes=x)
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"hashes must be integer, got {x.dtype}")
         if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
             continue  # not known here
         least, most = np.min(np.asarray(x)), np.max(np.asarray(x))
@@ -120,7 +127,7 @@ def hash_sparse_attention(
     `strict=False` admits s = t. The first query of a bucket sees no key and gives 0. `tied` means
     one hash per token, taken from q (the published model, whose keys are the normalised queries);
     untied, k is hashed by the same directions. Buckets come from `key` (the same key draws the
-    same buckets again, so rematerialisation is safe) or are given: `hashes` is int32 `[B, T, H]`
+    same buckets again, so rematerialisation is safe) or are given: `hashes` is integer `[B, T, H]`
     below `num_buckets`, or a pair of them for q and k when untied. `doc_start[b, t]`, the position
     of the first token of t's document, hides the keys before it.
 
@@ -128,17 +135,22 @@ def hash_sparse_attention(
     (Hash-sparse); strict as in its language models, inclusive as in its timings.
 
     Raises:
-      ValueError: not exactly one of `key` and `hashes`; hashes that do not fit `tied` or (where
-        they are known) lie outside [0, num_buckets); `num_buckets` neither 1 nor even with `key`;
-        too many buckets for int32; shapes disagree.
+      ValueError: not exactly one of `key` and `hashes`; hashes that are not integer, do not fit
+        `tied` or (where they are known) lie outside [0, num_buckets); `num_buckets` neither 1 nor
+        even with `key`; too many buckets for int32; doc_start is not integer; an axis is empty;
+        shapes disagree.
     """
+    check_call(q, k, v, doc_start)
     if hashes is not None and tied == isinstance(hashes, tuple):
         raise ValueError(f"{tied=} takes {'one array of' if tied else 'a pair of'} hashes")
     if num_buckets * q.shape[1] >= 2**31:
         raise ValueError(f"{num_buckets=} times length {q.shape[1]} must fit int32")
     if key is None and hashes is not None:
-        _check_hashes(q, hashes if isinstance(hashes, tuple) else (hashes,), num_buckets)
-        q_hashes, k_hashes = hashes if isinstance(hashes, tuple) else (hashes, None)
+        given = hashes if isinstance(hashes, tuple) else (hashes,)
+        _check_hashes(q, given, num_buckets)
+        # A narrow dtype cannot hold the codes times the length, nor the count of buckets.
+        q_hashes, *rest = (jnp.asarray(x, jnp.int32) for x in given)
+        k_hashes = rest[0] if rest else None
     elif key is None or hashes is not None:
         raise ValueError("give exactly one of key and hashes")
     else:

@@ -6,8 +6,10 @@ from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Int
+from rich.console import Console
+from rich.progress import Progress
 
-from longctx.data.config import DataError, Document
+from longctx.data.config import DataError, Document, Split
 from longctx.data.tokenizer import Tokenizer
 
 
@@ -18,6 +20,7 @@ class Corpus:
     tokens: Int[np.ndarray, " L"]
     starts: Int[np.ndarray, " G"]  # where each document's boundary stands, ascending
     text_bytes: int
+    split: Split = "train"  # only named in errors
 
     @property
     def bytes_per_token(self) -> float:
@@ -41,18 +44,23 @@ class Corpus:
 type Example = dict[str, np.ndarray]
 
 
-def pack(documents: Sequence[Document], tokenizer: Tokenizer) -> Corpus:
-    """Concatenate the tokens of the documents, each after a boundary."""
+def pack(documents: Sequence[Document], tokenizer: Tokenizer, split: Split = "train") -> Corpus:
+    """Concatenate the tokens of the documents, each after a boundary; a terminal shows a bar."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     boundary = np.array([tokenizer.boundary], dtype)
     parts, starts, length = [], [], 0
-    for _, text in documents:
-        tokens = tokenizer.encode(text)
-        starts.append(length)
-        parts += [boundary, tokens.astype(dtype)]
-        length += 1 + len(tokens)
     text_bytes = sum(len(text) for _, text in documents)
-    return Corpus(np.concatenate(parts), np.array(starts), text_bytes)
+    # A console of its own: Rich may refuse a second live display on one that has a display.
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("tokenizing", total=text_bytes)
+        for _, text in documents:
+            tokens = tokenizer.encode(text)
+            starts.append(length)
+            parts += [boundary, tokens.astype(dtype)]
+            length += 1 + len(tokens)
+            progress.advance(task, len(text))
+    return Corpus(np.concatenate(parts), np.array(starts), text_bytes, split)
 
 
 class Windows:
@@ -66,8 +74,9 @@ class Windows:
         count = (len(corpus.tokens) - 1) // length
         if count < 1:
             raise DataError(
-                f"a sequence of {length} tokens and its targets is longer than the corpus of "
-                f"{len(corpus.tokens)} tokens"
+                f"a sequence of {length} tokens and its targets is longer than the {corpus.split} "
+                f"split of {len(corpus.tokens)} tokens: lower data.sequence_length (in an "
+                "evaluation its lengths), change data.valid_fraction or give data.valid_source"
             )
         self._corpus = corpus
         self._length = length

@@ -21,12 +21,18 @@ def load_corpus(config: DataConfig, split: Split, *, vocab_size: int) -> Corpus 
       vocab_size: what the model has embeddings for.
 
     Raises:
-      DataError: the source cannot be read or is empty, or holds a token that the model lacks.
+      DataError: the source cannot be read or is empty, or holds a token that the model lacks; or
+        `valid_source` is given beside a task.
     """
     if config.source.startswith(PREFIX):
+        if config.valid_source:
+            raise DataError(
+                f"data.valid_source={config.valid_source} must be empty: "
+                f"data.source={config.source} has held-out episodes of its own"
+            )
         return load_episodes(config, split, vocab_size=vocab_size)
     tokenizer = load_tokenizer(config.tokenizer)
-    corpus = pack(documents(config, split), tokenizer)
+    corpus = pack(documents(config, split), tokenizer, split)
     largest = int(corpus.tokens.max())
     if largest >= vocab_size:
         raise DataError(

@@ -42,8 +42,8 @@ class ByteTokenizer:
         return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the bytes."""
-        return bytes(t for t in tokens if t != self.boundary).decode(errors="replace")
+        """Text of the bytes; tokens that are none, as padded vocabularies have, are left out."""
+        return bytes(t for t in tokens if t < self.boundary).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -88,3 +88,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         that can separate documents.
     """
     return ByteTokenizer() if name == "bytes" else FileTokenizer(name)
+
+
+def decode_behind(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of `new` behind `prompt`: alone, some tokenizers would strip a space before it."""
+    return tokenizer.decode([*prompt, *new])[len(tokenizer.decode(list(prompt))) :]

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.progress import track
 
-from longctx.data.tokenizer import load_tokenizer
+from longctx.data.tokenizer import decode_behind, load_tokenizer
 from longctx.errors import UserError
 from longctx.generate import Sampling, generate
 from longctx.train.restore import load_run
@@ -111,8 +111,9 @@ class RunScorer:
             max_new_tokens=count,
             sampling=Sampling(0.0, 1.0),
             stop=self.tokenizer.boundary,
+            vocab_size=self.tokenizer.vocab_size,
         )
-        text = self.tokenizer.decode(np.asarray(new)[0].tolist())
+        text = decode_behind(self.tokenizer, prefix, np.asarray(new)[0].tolist())
         return text[: min([text.find(end) for end in until if end in text], default=len(text))]
 
 

@@ -10,6 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longctx.data.pipeline import load_corpus
+from longctx.errors import UserError
 from longctx.eval.score import Score, make_scorer
 from longctx.figures import length_axis, tidy
 from longctx.parallel.mesh import MeshConfig, make_mesh
@@ -37,11 +38,14 @@ def evaluate(
 
     Raises:
       RunError: `run` has no checkpoint that can be read.
-      UserError: the model cannot take a length.
+      UserError: there are too few devices for `mesh`, or the model cannot take a length.
       DataError: the held-out text is shorter than the largest length.
       ValueError: a length does not divide the largest.
     """
-    device_mesh = make_mesh(mesh)
+    try:
+        device_mesh = make_mesh(mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
         config = loaded.config

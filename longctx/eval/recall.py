@@ -104,14 +104,17 @@ def evaluate_tasks(
       test episodes, and what guessing would give.
 
     Raises:
-      UserError: a task is unknown or has tokens that the model lacks, or a length is too short
-        for a task or too long for the model.
+      UserError: a task is unknown or has tokens that the model lacks, a length is too short for a
+        task or too long for the model, or there are too few devices for `mesh`.
       RunError: `run` has no checkpoint that can be read.
     """
     unknown = sorted(set(names) - set(TASKS))
     if unknown:
         raise UserError(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    device_mesh = make_mesh(mesh)
+    try:
+        device_mesh = make_mesh(mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
         codec = TextCodec.named(loaded.config.data.tokenizer)

@@ -22,13 +22,19 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Raises:
-      UserError: another architecture, or a setting that ours lacks; nothing is dropped silently.
+      UserError: another architecture, a setting that is missing, or one that ours lacks; nothing
+        is dropped silently.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"model_type={kind!r} cannot be imported; {known} can")
-    return ARCHITECTURES[kind].from_config(config)
+    try:
+        return ARCHITECTURES[kind].from_config(config)
+    except KeyError as error:
+        raise UserError(
+            f"model_type={kind!r} needs the setting {error}, which is missing"
+        ) from error
 
 
 def to_hf(model: ModelConfig, max_length: int) -> dict[str, Any]:

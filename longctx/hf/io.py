@@ -34,12 +34,21 @@ FILE_BYTES = 5 * 10**9
 
 
 class Tensors:
-    """The tensors of a folder by name, read when they are asked for."""
+    """The tensors of a folder by name, read when they are asked for.
+
+    Raises:
+      UserError: a file is missing or broken.
+    """
 
     def __init__(self, folder: pathlib.Path) -> None:
-        from safetensors import safe_open  # extra `hf`
+        from safetensors import SafetensorError, safe_open  # extra `hf`
 
-        self._files = {file: safe_open(str(file), "numpy") for file in _tensor_files(folder)}
+        self._files = {}
+        for file in _tensor_files(folder):
+            try:
+                self._files[file] = safe_open(str(file), "numpy")
+            except SafetensorError as error:
+                raise UserError(f"{file} is not a complete safetensors file: {error}") from error
         self._where = {name: file for file, f in self._files.items() for name in f.keys()}  # noqa: SIM118
 
     def names(self) -> set[str]:
@@ -61,7 +70,10 @@ def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index} lacks 'weight_map', the file of each tensor")
+        names = sorted(set(weight_map.values()))
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise UserError(f"{folder} lacks {', '.join(absent)}, named in its {INDEX}")
@@ -72,22 +84,40 @@ def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(found).__name__}")
+    return found
+
+
 def is_hf_folder(folder: pathlib.Path) -> bool:
-    """Whether `folder` has the config.json of a Hugging Face model (a run's looks different)."""
+    """Whether `folder` has the config.json of a Hugging Face model (a run's looks different).
+
+    Raises:
+      UserError: its config.json cannot be read.
+    """
     path = folder / "config.json"
-    return path.is_file() and "model_type" in json.loads(path.read_text())
+    return path.is_file() and "model_type" in _read_json(path)
 
 
 def read_hf_config(folder: pathlib.Path) -> ModelConfig:
     """The model in a Hugging Face folder.
 
     Raises:
-      UserError: there is no config.json, or ours cannot express what it says.
+      UserError: there is no config.json, it is broken, or ours cannot express what it says.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} has no config.json")
-    return from_hf(json.loads(path.read_text()))
+    described = _read_json(path)
+    try:
+        return from_hf(described)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_hf(
@@ -103,8 +133,8 @@ def load_hf(
       param_dtype: of the parameters, whatever the files hold.
 
     Raises:
-      UserError: an architecture that ours cannot express, or weights that are missing, unknown
-        or of the wrong shape; all of them in one message.
+      UserError: a file that is broken, an architecture that ours cannot express, or weights that
+        are missing, unknown or of the wrong shape; all of them in one message.
     """
     config = read_hf_config(folder)
     config = dataclasses.replace(config, param_dtype=param_dtype)

@@ -35,6 +35,10 @@ def from_config(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"num_attention_heads={heads} must be a power of two: decays differ else")
     exact = "window" if config.get("sliding_window") else "softmax"
     types = config.get("layer_types") or ["full_attention", "linear_attention"] * layers
+    if len(types) < layers:
+        raise UserError(
+            f"layer_types has {len(types)} entries: num_hidden_layers={layers} needs one per layer"
+        )
     kinds = {"full_attention": exact, "linear_attention": "lightning"}
     unknown = set(types[:layers]) - kinds.keys()
     if unknown:

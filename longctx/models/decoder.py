@@ -115,7 +115,8 @@ class Decoder(nnx.Module):
 
         Returns:
           the logits after each row's last token, and the cache. Each row gets what it would get
-          alone, whatever stands in the padding.
+          alone (but for `DropAttention`, which draws by the row's place), whatever stands in the
+          padding.
         """
         hidden, new = self._hidden(tokens, cache, None, lengths=lengths)
         if lengths is None:

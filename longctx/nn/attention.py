@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from longctx.attention.decode import decode_attention
 from longctx.attention.rotary import rope
 from longctx.attention.slots import append, held
-from longctx.nn.cache import Cache, check_cached_call
+from longctx.nn.cache import Cache, check_cached_call, tokens_to_append
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.norm import RMSNorm
 from longctx.nn.position import NO_SCALING, RopeScaling, default_positions, rope_frequencies
@@ -107,7 +107,7 @@ class SelfAttention(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T M"], Cache | None]:
         """Mix tokens; `positions` (default: counted from each document's start) serve RoPE."""
-        check_cached_call(cache, lengths, doc_start)
+        check_cached_call(x, cache, lengths, doc_start)
         B, T, _ = x.shape
         q, k, v = self.project(x)
         if self.rope_base is not None:
@@ -131,7 +131,8 @@ class SelfAttention(nnx.Module):
             )
             o = cast(Array, attention)  # not (o, lse), since that was not asked for
         else:
-            start, new = cache.length, jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            start = cache.length
+            new = tokens_to_append(x, lengths, cache.memory[0], self.axes.seq)
             memory = tuple(
                 append(memory, x, start, new)
                 for memory, x in zip(cache.memory, (k, v), strict=True)

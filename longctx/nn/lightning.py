@@ -118,8 +118,11 @@ class LightningAttention(nnx.Module):
         doc_start: Int[Array, "B T"] | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T M"], Cache | None]:
-        """Mix tokens; `positions` (default: counted from each document's start) serve `lrpe`."""
-        check_cached_call(cache, lengths, doc_start)
+        """Mix tokens; `positions` (default: counted from each document's start) serve `lrpe`.
+
+        With a cache all T tokens are on every device, also inside a shard_map along the sequence.
+        """
+        check_cached_call(x, cache, lengths, doc_start)
         B, T, _ = x.shape
         parts = self.project(x)
         q, k, v = (parts[..., i, :].reshape(B, T, self.num_heads, -1) for i in range(3))

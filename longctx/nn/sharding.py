@@ -93,7 +93,10 @@ def place(x: Array, spec: P) -> Array:
     if not free:
         return x
     sizes = {name: mesh.shape[name] for name in free}
-    return jax.lax.with_sharding_constraint(x, fitting(spec, x.shape, sizes))
+    spec = fitting(spec, x.shape, sizes)
+    if not isinstance(x, jax.core.Tracer):  # it may lie on one device, where no constraint helps
+        return jax.device_put(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -23,7 +23,7 @@ from longctx.attention.sparse import (
     overflow,
     qk_sparse_attention,
 )
-from longctx.nn.cache import Cache, check_cached_call
+from longctx.nn.cache import Cache, check_cached_call, tokens_to_append
 from longctx.nn.draw import new_draw
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.sharding import DEFAULT_AXES, Axes
@@ -96,7 +96,7 @@ class TiedAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T M"], Cache | None]:
         """Mix tokens. `positions` mean nothing here: positions are the model's to encode."""
         del positions  # part of the signature all mixers share
-        check_cached_call(cache, lengths, doc_start)
+        check_cached_call(x, cache, lengths, doc_start)
         devices, _ = sequence_axis(self.axes.seq)
         if devices > 1:
             raise NotImplementedError(
@@ -110,7 +110,7 @@ class TiedAttention(nnx.Module):
         if cache is None:
             o = self._attend(q, k, v, doc_start)
         else:
-            new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            new = tokens_to_append(x, lengths, cache.memory[0], self.axes.seq)
             q_codes, k_codes = self._codes(q, cache.length)
             memory = tuple(
                 append(memory, x, cache.length, new)
@@ -198,9 +198,9 @@ class DropAttention(TiedAttention):
     """Tied attention between random kept queries and random kept keys (arXiv 2306.01160).
 
     Queries and keys are dropped independently, per head and token; a dropped query gives 0. The
-    masks come from the module's `Draw` and the position, so that a longer sequence draws the same
-    masks for its beginning, and decoding those of the full pass; `redraw` between training steps
-    draws others, as published, also in evaluation.
+    masks come from the module's `Draw`, the position and the row's place in the batch, so that a
+    longer sequence draws the same masks for its beginning, and decoding those of the full pass;
+    `redraw` between training steps draws others, as published, also in evaluation.
 
     Capacities are six standard deviations above the mean of what is kept; beyond them, which one
     head in 10^9 reaches, the latest tokens are dropped too: `overflow` counts them.

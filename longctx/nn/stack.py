@@ -22,7 +22,7 @@ Gather = Literal["layer", "step"]
 
 _incoming = jax.checkpoint_policies.save_only_these_names(INCOMING)
 REMAT_POLICIES: dict[str, Callable[..., Any]] = {
-    "block": _incoming,  # keep only what enters each period, from earlier layers and tokens
+    "block": _incoming,  # keep only what enters each block, from earlier layers and tokens
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _incoming, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
@@ -144,7 +144,7 @@ class Stack(nnx.Module):
     Args:
       segments: the layers, in order.
       remat: what the backward pass recomputes: "none"; "block", everything but the input of each
-        period and the states that devices have exchanged; "dots", everything but these and the
+        block and the states that devices have exchanged; "dots", everything but these and the
         results of dense products.
       unroll: compile every repeat on its own in calls without a cache: larger, may be faster.
       gather: when, in calls without a cache, devices along the sequence that hold parts of weights

@@ -22,7 +22,7 @@ from longctx.attention.tensorized import (
     tensorized_cache_attention,
 )
 from longctx.nn.attention import SelfAttention
-from longctx.nn.cache import Cache, check_cached_call
+from longctx.nn.cache import Cache, check_cached_call, tokens_to_append
 from longctx.nn.position import rope_frequencies
 from longctx.nn.sharding import parameter
 from longctx.parallel.layout import Kind, Layout, as_layout
@@ -67,6 +67,8 @@ class TensorizedAttention(SelfAttention):
     ):
         if variant == "kronecker":
             raise ValueError(f"{variant=} is bidirectional: a decoder cannot use it")
+        if unknown := {"window", "strategy", "head_groups"} & set(others):
+            raise TypeError(f"TensorizedAttention has no {', '.join(sorted(unknown))}")
         super().__init__(width, num_heads, head_dim, layout=layout, rngs=rngs, **others)
         self.dims, self.variant, self.order, self.positions = dims, variant, order, positions
         biased = self_bias is not None and variant == "mixed_radix" and len(dims) > 1
@@ -96,7 +98,7 @@ class TensorizedAttention(SelfAttention):
     ) -> tuple[Float[Array, "B T M"], Cache | None]:
         """Mix tokens. `positions` mean nothing here: hops count distances themselves."""
         del positions  # part of the signature all mixers share
-        check_cached_call(cache, lengths, doc_start)
+        check_cached_call(x, cache, lengths, doc_start)
         devices, inside = sequence_axis(self.axes.seq)
         if not as_layout(self.layout, devices).in_order:
             raise NotImplementedError(
@@ -114,7 +116,7 @@ class TensorizedAttention(SelfAttention):
         elif cache is None:
             o = self._attend(q, k, v, doc_start)
         else:
-            new = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+            new = tokens_to_append(x, lengths, cache.memory[0], self.axes.seq)
             *memory, rings = cache.memory
             memory = [append(m, x, cache.length, new) for m, x in zip(memory, (k, v), strict=True)]
             keys, values, *rings = map(held, (*memory, *rings))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -21,6 +22,7 @@ from longctx.parallel.ulysses import (
     ulysses_attention,
     whole_attention,
 )
+from pallas_kernels.flash_attention.api import BACKENDS, make_spec
 
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "usp"]
 
@@ -71,7 +73,8 @@ def context_attention(
 
     Args:
       strategy: how the devices cooperate.
-      layout: the token layout; a name means one rank per device along `axis`.
+      layout: the token layout; a name means one rank per device along `axis` of the mesh of
+        `jax.set_mesh`: one rank, slots as they come, without such a mesh.
       causal: whether a token sees no later one.
       window: how many tokens, itself included, a token sees; needs `causal`.
       doc_start: position of the first token of each token's document, laid out as the tokens
@@ -93,17 +96,28 @@ def context_attention(
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"{strategy=} must be one of {get_args(Strategy)}")
-    if q.ndim != 4 or k.ndim != 4 or v.shape[:3] != k.shape[:3] or q.shape[:2] != k.shape[:2]:
+    if (
+        not q.ndim == k.ndim == v.ndim == 4
+        or v.shape[:3] != k.shape[:3]
+        or q.shape[:2] != k.shape[:2]
+    ):
         raise ValueError(
             f"q, k, v must be [B, T, H, D], [B, T, K, D], [B, T, K, E], "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must be equally wide, got {q.shape[3]} and {k.shape[3]}")
-    if doc_start is not None and doc_start.shape != q.shape[:2]:
-        raise ValueError(f"doc_start must be [B, T] = {q.shape[:2]}, got {doc_start.shape}")
-    if window is not None and window < 1:
-        raise ValueError(f"{window=} must be at least 1")
+    if doc_start is not None and (
+        doc_start.shape != q.shape[:2] or not jnp.issubdtype(doc_start.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"doc_start must be integer, [B, T] = {q.shape[:2]}, got {doc_start.dtype}, "
+            f"{doc_start.shape}"
+        )
+    # Raises what kernels would, before the first collective.
+    window = make_spec(q, k, v, None, causal, window, 0, scale, soft_cap).window
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{backend=} must be one of {('auto', *BACKENDS)}")
     if head_groups < 1 or (head_groups > 1 and strategy not in ("ring", "usp")):
         raise ValueError(f"{head_groups=} must be 1, or more with strategy='ring' or 'usp'")
     if not causal and (window is not None or doc_start is not None):
@@ -122,7 +136,7 @@ def context_attention(
     heads, kv_heads = q.shape[2] // split, k.shape[2] // split
     if strategy == "auto":
         strategy = cost.explain(
-            batch=q.shape[0],
+            batch=q.shape[0] // free_size(batch_axes),
             length=length,
             heads=heads,
             kv_heads=kv_heads,
@@ -141,6 +155,9 @@ def context_attention(
             raise ValueError(f"{strategy=} {reason}")
     swaps = strategy in ("ulysses", "usp")
     ranks = devices if not swaps else 1 if strategy == "ulysses" else layout.ranks
+    dealt = kv_heads * kv_copies(heads, kv_heads, devices // ranks) // (devices // ranks)
+    if dealt % head_groups:
+        raise ValueError(f"{head_groups=} must divide the {dealt} key heads of a device")
     shards = Shards(
         axis=axis or "",
         ranks=ranks,

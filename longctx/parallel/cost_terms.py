@@ -202,8 +202,11 @@ class Call:
             inner=inner,
             layout=Layout(self.layout.kind, ranks),
         ).ring()
-        tokens = self.batch * self.local * self.itemsize
-        swapped = tokens * (self.heads + self.kv_heads * copies) * self.widths
+        tokens = self.batch * self.local
+        copied = self.itemsize if copies == 1 else max(self.itemsize, 4)  # heads in float32
+        swapped = (
+            tokens * self.widths * (self.heads * self.itemsize + self.kv_heads * copies * copied)
+        )
         sent = swapped * (inner - 1) / inner
         # q, k, v and o, each also rearranged in memory on both sides.
         exchange = sent / chip.swap_over(inner) + 4 * chip.latency + 4 * swapped / chip.memory

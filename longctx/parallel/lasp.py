@@ -35,6 +35,7 @@ from pallas_kernels.lightning_attention import (
     lightning_pieces,
     lightning_state,
 )
+from pallas_kernels.lightning_attention.api import BACKENDS, make_spec
 
 Exchange = Literal["all_gather", "ring"]
 
@@ -64,7 +65,8 @@ def context_lightning(
 
     Args:
       strategy: how states are exchanged, by one all-gather (LASP-2) or in P - 1 hops.
-      layout: "contiguous" or "zigzag"; a name means one rank per device along `axis`.
+      layout: "contiguous" or "zigzag"; a name means one rank per device along `axis` of the mesh
+        of `jax.set_mesh`: one rank, slots as they come, without such a mesh.
       doc_start: position of the first token of each token's document, laid out as the tokens
         are (its values are positions, not slots).
       backend: as in `lightning_attention`.
@@ -77,13 +79,14 @@ def context_lightning(
     """
     if strategy not in get_args(Exchange):
         raise ValueError(f"{strategy=} must be one of {get_args(Exchange)}")
-    if q.ndim != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+    if q.ndim != 4 or v.ndim != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(
             f"q, k, v must be [B, T, H, D], [B, T, H, D], [B, T, H, E], "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
-    if doc_start is not None and doc_start.shape != q.shape[:2]:
-        raise ValueError(f"doc_start must be [B, T] = {q.shape[:2]}, got {doc_start.shape}")
+    make_spec(q, k, v, log_decay, None, doc_start)  # raises as kernels would
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"{backend=} must be one of {('auto', *BACKENDS)}")
     devices, inside = sequence_axis(axis)
     length = q.shape[1] * devices if inside else q.shape[1]
     layout = as_layout(layout, devices)

@@ -153,6 +153,16 @@ def _restrict_all(specs: Any, axes: Container[str]) -> Any:
     return jax.tree.map(lambda s: _restrict(s, axes), specs)
 
 
+def _check(x: Any, spec: P) -> None:
+    for size, axes in zip(x.shape, spec, strict=False):
+        devices = free_size(axes)
+        if size % devices:
+            raise ValueError(
+                f"{size} of an array's shape {x.shape} must be a multiple of the {devices} devices "
+                f"along {axes}"
+            )
+
+
 def shard_operator[Out](
     function: Callable[..., Out], in_specs: Any, out_specs: Any
 ) -> Callable[..., Out]:
@@ -166,12 +176,15 @@ def shard_operator[Out](
     `shard_map` only the axes that are not yet manual are mapped, so an operator also works in a
     user's own `shard_map`, over all axes or over some. Axes that the mesh lacks count as size 1.
     Operands on Explicit axes are resharded to `in_specs` first, which is free if they are so
-    already.
+    already. Inside a `shard_map` over some axes a backward pass runs `function` forward again.
 
     Args:
       function: takes positional arrays (or None) and sees local shards.
       in_specs: one PartitionSpec per argument, or a tree prefix of specs.
       out_specs: tree prefix of specs of the result.
+
+    Raises:
+      ValueError: an operand cannot be cut into equal shards.
     """
 
     def call(*args: Any) -> Out:
@@ -181,6 +194,9 @@ def shard_operator[Out](
             return function(*args)
         explicit = free & frozenset(mesh.explicit_axes)
         local_in, local_out = _restrict_all(in_specs, free), _restrict_all(out_specs, free)
+        jax.tree.map(
+            lambda spec, tree: jax.tree.map(lambda x: _check(x, spec), tree), local_in, args
+        )
         if explicit:
 
             def place(spec: P, subtree: Any) -> Any:
@@ -188,9 +204,9 @@ def shard_operator[Out](
                 return jax.tree.map(lambda x: jax.sharding.reshard(x, target), subtree)
 
             args = jax.tree.map(place, in_specs, args)
-        return jax.shard_map(function, in_specs=local_in, out_specs=local_out, axis_names=free)(
-            *args
-        )
+        # What JAX saves of a nested shard_map names the outer axes, which it then refuses.
+        local = jax.checkpoint(function) if mesh.manual_axes else function
+        return jax.shard_map(local, in_specs=local_in, out_specs=local_out, axis_names=free)(*args)
 
     return call
 

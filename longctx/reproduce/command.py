@@ -43,6 +43,8 @@ def reproduce(arguments: Sequence[str]) -> None:
     """`longctx reproduce FILE... [--scale SCALE] [--out DIR] [--jobs N] [--gpus N]`."""
     options = parse(ReproduceOptions, "reproduce", arguments)
     files = sorted(experiment_files(Path("experiments"))) if options.all else options.files
+    if not files:
+        raise UserError(f"--all: {Path('experiments').absolute()} has no experiments")
     try:
         measure(files, options.scale, options.out, options.jobs, options.gpus)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -167,23 +168,41 @@ class RunConfig:
 def check_directory(config: RunConfig, out: pathlib.Path) -> None:
     """Make sure that `out` can be the directory of this run; nothing is written.
 
-    The schedule of a run may be changed when it is resumed, what it is made of may not.
+    The schedule of a run may be changed when it is resumed, what it is made of may not. Without
+    checkpoints there is nothing to resume: a start that failed may be repeated with other values.
 
     Raises:
-      RunError: `out` is a file, or holds a run with another model, data or optimizer.
+      RunError: `out` is a file or no run of this version, holds a run with another model, data,
+        optimizer, beginning or seed, or is past the last step.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file: choose another --out")
     if not (out / CONFIG_FILE).exists():
         return
-    started = read_config(out)
-    for part in ("model", "data", "optim"):
-        changed = list(_changes(getattr(started, part), getattr(config, part), part))
+    started, saved = read_config(out), newest_step(out)
+    if saved is None:
+        return
+    for name in ("model", "data", "optim", "train.init", "train.seed"):
+        value = operator.attrgetter(name)
+        changed = list(_changes(value(started), value(config), name))
         if changed:
             raise RunError(
                 f"{out} was started with other values ({', '.join(changed)}): "
                 "take them back or choose another --out"
             )
+    if config.train.steps < saved:
+        raise RunError(
+            f"train.steps={config.train.steps} must be at least {saved}, the step of the newest "
+            f"checkpoint in {out}"
+        )
+
+
+def newest_step(out: pathlib.Path) -> int | None:
+    """The step of the newest checkpoint in `out`, readable or not; None without any."""
+    from longctx.train.checkpoint import CHECKPOINTS  # which imports this module
+
+    names = [path.name for path in (out / CHECKPOINTS).glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
@@ -191,7 +210,7 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
     if old == new:
         return
     if not dataclasses.is_dataclass(old) or type(old) is not type(new):
-        yield f"{name} {old} -> {new}"
+        yield f"{name} {old!r} -> {new!r}"
         return
     for field in dataclasses.fields(old):
         yield from _changes(

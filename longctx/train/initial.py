@@ -11,7 +11,15 @@ from longctx.hf import is_hf_folder, load_hf, read_hf_config, save_hf
 from longctx.models.layers import by_layer, put_layers
 from longctx.parallel.mesh import make_mesh
 from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
-from longctx.train.config import RunConfig, RunError, check_directory, read_config, write_config
+from longctx.train.config import (
+    CONFIG_FILE,
+    RunConfig,
+    RunError,
+    check_directory,
+    newest_step,
+    read_config,
+    write_config,
+)
 from longctx.train.restore import load_run
 from longctx.train.step import TrainState, create_state
 
@@ -35,8 +43,10 @@ def run_from_hf(folder: pathlib.Path, out: pathlib.Path) -> None:
 
     Raises:
       UserError: the folder cannot be imported.
-      RunError: `out` holds another run.
+      RunError: `out` is a file, or holds a checkpoint or a config.json that is no run's.
     """
+    if newest_step(out) is not None:
+        raise RunError(f"{out} already has a checkpoint: choose another --out")
     config, mesh = source_config(folder), make_mesh()
     check_directory(config, out)
     with jax.set_mesh(mesh):
@@ -51,9 +61,13 @@ def run_to_hf(run: pathlib.Path, out: pathlib.Path) -> None:
     """The newest checkpoint of `run` as a Hugging Face folder in `out`.
 
     Raises:
-      RunError: `run` has no checkpoint that can be read.
+      RunError: `run` has no checkpoint that can be read, or `out` is a file or holds a run.
       UserError: no known Hugging Face architecture computes its model.
     """
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file: choose another --out")
+    if (out / CONFIG_FILE).exists() and not is_hf_folder(out):
+        raise RunError(f"{out} has the {CONFIG_FILE} of a run: choose another --out")
     loaded = load_run(run)
     length = loaded.config.data.sequence_length
     save_hf(loaded.config.model, loaded.params, out, max_length=length)

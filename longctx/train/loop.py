@@ -39,8 +39,8 @@ def train(config: RunConfig, out: pathlib.Path) -> None:
 
     Raises:
       DataError: the data cannot serve the run.
-      RunError: `out` holds another run, none of its checkpoints can be read, a loss is not finite,
-        or the model or the mesh cannot be built.
+      RunError: `out` holds another run or a later step, none of its checkpoints can be read, a loss
+        is not finite, or the model or the mesh cannot be built.
       SystemExit: a signal asked the run to stop; everything is saved.
     """
     try:
@@ -153,7 +153,9 @@ class _Run:
             sink.close()
         self._checkpoints.close()
         if self._sinks:
-            print(f"checkpoints in {self._out / CHECKPOINTS}, loss curve in {plot_loss(self._out)}")
+            curve = plot_loss(self._out)
+            drawn = f", loss curve in {curve}" if curve else ""
+            print(f"checkpoints in {self._out / CHECKPOINTS}{drawn}")
 
 
 def _describe(state: TrainState, corpus: Corpus | Episodes, mesh: Mesh) -> str:

@@ -3,7 +3,7 @@
 import datetime
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from longctx.train.metrics import Record
@@ -12,8 +12,7 @@ from longctx.train.metrics import Record
 class ProgressView:
     """A sink that shows records on the console.
 
-    The time remaining counts from the step at which this process started, so that a resumed run
-    shows what is left of it.
+    The time remaining is the record's own: Rich forgets the speed of what is over 30 s old.
     """
 
     def __init__(self, steps: int, first: int) -> None:
@@ -23,8 +22,7 @@ class ProgressView:
         self._bar = Progress(
             MofNCompleteColumn(table_column=whole),
             BarColumn(bar_width=None, table_column=rest),
-            TextColumn("{task.fields[numbers]} ETA", table_column=whole),
-            TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.fields[numbers]}", table_column=whole),
             console=self._console,
             disable=not self._console.is_terminal,
             expand=True,
@@ -35,13 +33,13 @@ class ProgressView:
     def write(self, record: Record) -> None:
         """Show the newest numbers."""
         step = int(record["step"] or 0)
-        numbers = describe(record)
+        left = record.get("eta_seconds")
+        eta = "" if left is None else f"  ETA {datetime.timedelta(seconds=round(left))}"
+        numbers = describe(record) + eta
         if "loss" in record and self._console.is_terminal:
             self._bar.update(self._task, completed=step, numbers=numbers)
         else:
-            left = record.get("eta_seconds")
-            eta = "" if left is None else f"  ETA {datetime.timedelta(seconds=round(left))}"
-            self._console.print(f"step {step}/{self._steps}  {numbers}{eta}")
+            self._console.print(f"step {step}/{self._steps}  {numbers}")
 
     def close(self) -> None:
         """Leave the terminal in order."""

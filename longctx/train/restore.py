@@ -32,7 +32,8 @@ class LoadedRun:
 def load_run(run: pathlib.Path, mesh: Mesh | None = None) -> LoadedRun:
     """Load configuration and model of the run in directory `run`, onto `mesh` (default: 1 device).
 
-    The model takes tokens in their own order, whatever the layout in which it was trained.
+    The model takes tokens in their own order, whatever the layout in which it was trained. What
+    "usp" needs to know of the training mesh is dropped: "auto" takes its place.
 
     Raises:
       RunError: `run` is not a run, or has no checkpoint that can be read.
@@ -44,6 +45,8 @@ def load_run(run: pathlib.Path, mesh: Mesh | None = None) -> LoadedRun:
     if found is None:
         raise RunError(f"{run} has no checkpoint yet")
     step, params, rest = found
-    in_order = dataclasses.replace(config.parallel, layout="contiguous")
+    in_order = dataclasses.replace(config.parallel, layout="contiguous", ranks=0)
+    if in_order.strategy == "usp":
+        in_order = dataclasses.replace(in_order, strategy="auto", head_groups=1)
     graph = model_graph(dataclasses.replace(config, parallel=in_order))
     return LoadedRun(config, step, graph, params, rest)

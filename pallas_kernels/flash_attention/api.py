@@ -23,6 +23,7 @@ __all__ = ["BACKENDS", "block_backward", "block_forward", "flash_attention", "me
 # The backends, and the tile class that each takes.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "xla": xla, "tpu": tpu, "gpu": gpu}
 NO_SUMS = (None, None, None)
+MOST_OFFSET = 2**29  # positions, offsets and windows are int32
 TILES: dict[str, type] = {"xla": Tiles, "tpu": TpuTiles, "gpu": GpuTiles}
 
 
@@ -65,7 +66,8 @@ def flash_attention(
       q_offset: position of the first query among the keys.
       scale: factor of the scores; D^-1/2 if None.
       soft_cap: bound of the scores.
-      return_lse: whether to return (o, lse), lse float32 in natural log. Its gradient is honoured.
+      return_lse: whether to return (o, lse), lse in natural log, float32 (float64 for float64
+        inputs). Its gradient is honoured.
       deterministic: whether two runs must agree bit for bit, at some cost in speed.
       backend: "auto" (the best for the platform compiled for), "reference", "xla", "tpu", "gpu".
       tiles: tile sizes, of the named backend's own type; None for its table.
@@ -80,6 +82,7 @@ def flash_attention(
     Differentiable once, in reverse, in q, k and v. Sources: arXiv 2205.14135 (forward),
     2307.08691 (backward), 2306.01160 (intervals); the derivation is in the family's README.
     """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
     lo, hi = _intervals(q, k, lo, hi)
     spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     call = _call(spec, backend, tiles)
@@ -108,13 +111,15 @@ def block_forward(
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
     """One hop of blockwise attention: continue `carry = (o, lse)` with the keys of this block.
 
-    The arguments are those of `flash_attention`; o and lse are float32 and equal those over the
-    keys of all hops so far, concatenated. `out_dtype` is that of o where it is no carry, after
-    the last hop. Not differentiable: see `block_backward`.
+    The arguments are those of `flash_attention`; o and lse are float32 (float64 for float64
+    inputs) and equal those over the keys of all hops so far, concatenated. `out_dtype` is that of
+    o where it is no carry, after the last hop. Not differentiable: see `block_backward`.
     """
     lo, hi = _intervals(q, k, lo, hi)
     spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.wide))
+    if carry is not None:
+        _check_shapes({"o of carry": (carry[0], _rows(q, v)), "lse of carry": (carry[1], _row(q))})
     return _run("fwd", _call(spec, backend, tiles), q, k, v, lo, hi, carry)
 
 
@@ -157,13 +162,19 @@ def block_backward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K E"]]:
     """The backward of one hop: what this block's keys add to dq, and their dk and dv.
 
-    `lse` and `delta = rowsum(do * o) - dlse` are float32 and over the keys of all hops.
-    `accumulate = (dq, dk, dv)` are float32 sums to which the gradients are added; a gradient
+    `lse` and `delta = rowsum(do * o) - dlse` are float32 (float64 for float64 inputs) and over the
+    keys of all hops.
+    `accumulate = (dq, dk, dv)` are such sums to which the gradients are added; a gradient
     without a sum (None) has `out_dtype`, by default that of q, k and v.
     """
     lo, hi = _intervals(q, k, lo, hi)
     spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.dtype))
+    sums = zip(("dq", "dk", "dv"), accumulate or NO_SUMS, (q, k, v), strict=True)
+    _check_shapes(
+        {"do": (do, _rows(q, v)), "lse": (lse, _row(q)), "delta": (delta, _row(q))}
+        | {f"{name} of accumulate": (x, y.shape) for name, x, y in sums if x is not None}
+    )
     args = (q, k, v, lo, hi, do, lse, delta, accumulate or NO_SUMS)
     return _run("bwd", _call(spec, backend, tiles), *args)
 
@@ -218,6 +229,20 @@ def _attend_bwd(call: _Call, saved: tuple, cotangents: tuple[Array, Array]):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
+def _rows(q: Array, v: Array) -> tuple[int, ...]:
+    return *q.shape[:3], v.shape[3]
+
+
+def _row(q: Array) -> tuple[int, ...]:
+    return q.shape[0], q.shape[2], q.shape[1]
+
+
+def _check_shapes(given: dict[str, tuple[Array, tuple[int, ...]]]) -> None:
+    for name, (x, shape) in given.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} must be of shape {shape}, got {x.shape}")
+
+
 def _intervals(
     q: Array, k: Array, lo: Array | None, hi: Array | None
 ) -> tuple[Array | None, Array | None]:
@@ -234,6 +259,8 @@ def _intervals(
             raise ValueError(f"{name} must be {rule}, got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} must be integer, got {x.dtype}")
+        if x.dtype != jnp.int32:  # what does not fit must not wrap
+            x = x.clip(0, k.shape[1])
         given.append((x if x.ndim == 3 else x[:, None]).astype(jnp.int32))
     if not given:
         return None, None
@@ -265,10 +292,10 @@ def make_spec(
         raise ValueError(f"k {k.shape} and v {v.shape} must agree in batch, length and heads")
     if k.shape[0] != batch or k.shape[3] != key_width:
         raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and width")
-    if q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads must be a multiple of {kv_heads} key/value heads")
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise ValueError(f"no axis may be empty: q {q.shape}, k {k.shape}, v {v.shape}")
+    if q_heads % kv_heads:
+        raise ValueError(f"{q_heads} query heads must be a multiple of {kv_heads} key/value heads")
     if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(
             f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -279,13 +306,18 @@ def make_spec(
         ("scale", scale, numbers.Real),
         ("soft_cap", soft_cap, numbers.Real),
     ):
-        if value is not None and not isinstance(value, kind):
+        if not isinstance(value, kind) and (value is not None or name == "q_offset"):
             rule = f"a Python {kind.__name__} number; what is traced goes into lo and hi"
             raise ValueError(f"{name}={value!r} must be {rule}")
+    if abs(q_offset) > MOST_OFFSET:
+        raise ValueError(f"{q_offset=} must be within {MOST_OFFSET} of 0")
     if window is not None and window < 1:
         raise ValueError(f"{window=} must be at least 1")
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"{soft_cap=} must be positive")
+    window = window and min(window, 2 * MOST_OFFSET)  # all keys
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"{soft_cap=} must be positive and finite")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"{scale=} must be finite")
     return Spec(
         batch=batch,
         q_length=q_length,

@@ -101,7 +101,7 @@ def lightning_attention(
     Source: arXiv 2401.04658 (Lightning Attention-2), arXiv 2405.17381 appendices A to C.
     """
     arrays = _arrays(q, k, v, log_decay, state, doc_start)
-    spec = _check(*arrays)
+    spec = make_spec(*arrays)
     _check_backend(backend, tiles, spec)
     arrays = _unified(*arrays)
     if backend == "reference":
@@ -127,7 +127,7 @@ def lightning_state(
     and source as in `lightning_attention`; differentiable in the same way.
     """
     arrays = _arrays(k, k, v, log_decay, state, doc_start)
-    spec = _check(*arrays)
+    spec = make_spec(*arrays)
     _check_backend(backend, None, spec)
     _, *arrays = _unified(*arrays)
     if backend == "reference":
@@ -151,7 +151,7 @@ def lightning_dstate(
     `lightning_attention`, `do` in the place of v.
     """
     arrays = _arrays(q, q, do, log_decay, None, doc_start)
-    spec = _check(*arrays)
+    spec = make_spec(*arrays)
     _check_backend(backend, None, spec)
     q, _, do, log_decay, _, doc_start = _unified(*arrays)
     return _Static(backend, spec).call("initial_cotangent", q, do, log_decay, doc_start)
@@ -164,7 +164,7 @@ def lightning_pieces(
 
     A power of two that divides T: few heads leave a GPU idle, and its backend then cuts the
     sequence, for whose states k and v are read once more. Where these are known anyway, pieces
-    may be rows of the batch instead. 1 on other devices than GPUs.
+    may be rows of the batch instead. 1 where the GPU kernels do not serve the call.
     """
     B, T, H, D = q.shape
     spec = Spec(B, T, H, D, v.shape[-1], q.dtype, packed=False)
@@ -191,7 +191,7 @@ def lightning_step(
       ValueError: a shape or dtype breaks a rule of `lightning_attention`.
     """
     q, k, v, log_decay, state, _ = _arrays(q, k, v, log_decay, state, None)
-    _check(q, k, v, log_decay, state, None, axes="BHD")
+    make_spec(q, k, v, log_decay, state, None, axes="BHD")
     wide = state.dtype
     decay = jnp.exp(log_decay.astype(wide))[None, :, None, None]
     update = k.astype(wide)[..., :, None] * v.astype(wide)[..., None, :]
@@ -204,7 +204,7 @@ def _arrays(*inputs: Any) -> list[Any]:
     return [None if x is None else jnp.asarray(x) for x in inputs]
 
 
-def _check(q, k, v, log_decay, state, doc_start, axes: str = "BTHD") -> Spec:
+def make_spec(q, k, v, log_decay, state, doc_start, axes: str = "BTHD") -> Spec:
     """Raise on any input that breaks a rule; return what the backends need to know."""
     if q.ndim != len(axes):
         raise ValueError(f"q has shape {q.shape}; its axes must be {' '.join(axes)}")

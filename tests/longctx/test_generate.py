@@ -54,6 +54,13 @@ def test_stop_ends_a_row():
         assert (row[end:] == stop).all()
 
 
+def test_tokens_that_the_tokenizer_lacks_are_not_drawn():
+    model = tiny_model("tnl")
+    free = generate(model, PROMPTS, LENGTHS, max_new_tokens=8)
+    size = int(free.max())
+    assert generate(model, PROMPTS, LENGTHS, max_new_tokens=8, vocab_size=size).max() < size
+
+
 def test_sampling_follows_the_distribution():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 4))

@@ -11,7 +11,7 @@ from longctx.errors import UserError
 from longctx.models import ParallelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.parallel.overlap import Move
-from longctx.plan import collectives, report_of
+from longctx.plan import amount, collectives, report_of
 from tests.longctx.train.runs import TRANSFORMER, tiny_run
 
 
@@ -36,6 +36,15 @@ def test_moves_are_summed_by_kind_and_axes():
         {"kind": "collective-permute", "axes": "seq", "count": 1, "bytes": 1}
         | {"exposed": 1, "exposed_bytes": 1},
     ]
+
+
+def test_amounts_have_the_unit_of_their_size():
+    assert amount(0, "B") == "0 B"
+    assert amount(999, "B") == "999 B"
+    assert amount(1000, "B") == "1.00 kB"
+    assert amount(34_567_890, " parameters", billion="B") == "34.6 M parameters"
+    assert amount(6.74e9, " parameters", billion="B") == "6.74 B parameters"
+    assert amount(1.2e16, "FLOP") == "12000 TFLOP"
 
 
 libtpu = pytest.mark.skipif(

@@ -2,9 +2,18 @@
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from longctx.attention.tensorized.mixed_radix import Dims, Order, Positions, mixed_radix_attention
+from longctx.attention.intervals import check_call
+from longctx.attention.tensorized.mixed_radix import (
+    Dims,
+    Order,
+    Positions,
+    check_choices,
+    check_dims,
+    mixed_radix_attention,
+)
 from longctx.attention.tensorized.variants import VARIANTS
 
 type Variant = Literal["mixed_radix", "dominance", "hierarchical", "kronecker"]
@@ -70,6 +79,12 @@ def tensorized_attention(
       ValueError: an argument breaks a rule of the above or does not belong to the variant;
         `causal=True` with "kronecker", which would leak the future through its scores.
     """
+    check_call(q, k, v, doc_start)
+    _check_shapes(q, k, v)
+    check_dims(dims)
+    check_choices("slow_first" if order is None else order, positions)
+    if doc_start is not None:  # hops subtract positions, which a narrow or unsigned dtype wraps
+        doc_start = doc_start.astype(jnp.int32)
     options: dict[str, Any] = {
         "dims": dims,
         "positions": positions,
@@ -100,3 +115,17 @@ def tensorized_attention(
     if variant == "mixed_radix":
         return mixed_radix_attention(q, k, v, self_bias=self_bias, **options)
     return VARIANTS[variant](q, k, v, **options)
+
+
+def _check_shapes(q: Array, k: Array, v: Array) -> None:
+    """Before they are folded, so that a message shows what the caller gave."""
+    if not (
+        q.ndim == k.ndim == v.ndim == 4
+        and q.shape[:2] == k.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape[:3] == v.shape[:3]
+    ):
+        rule = "q, k and v must be [B, T, H, D], [B, T, K, D] and [B, T, K, E]"
+        raise ValueError(f"{rule}, got {q.shape}, {k.shape} and {v.shape}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"H of q {q.shape} must be a multiple of K of k {k.shape}")

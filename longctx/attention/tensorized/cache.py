@@ -76,7 +76,7 @@ def _one_token(
     frequencies: Array | None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """The same for one token a row: gather what each hop sees."""
-    heads = q.shape[2]
+    heads, wide = q.shape[2], jnp.promote_types(q.dtype, jnp.float32)
     o, kept = _rows(values, position[:, None]), []
     for j, ((_, hop), bias) in enumerate(zip(hops, biases, strict=True)):
         window = -(-keys.shape[1] // hop.stride) if hop.window is None else hop.window
@@ -92,7 +92,10 @@ def _one_token(
             x = _rows(values, where)
         q_r = hop.rotated(position[:, None], frequencies, q)[:, 0]
         k_r = repeat_heads(hop.rotated(where, frequencies, _rows(keys, where)), heads)
-        s = hop.scale * jnp.einsum("bhd,bnhd->bhn", q_r, k_r).astype(jnp.float32)
+        product = jnp.einsum(
+            "bhd,bnhd->bhn", q_r, k_r, precision="highest", preferred_element_type=wide
+        )
+        s = hop.scale * product
         if bias is not None:
             s = s.at[..., 0].add(bias[None])
         p = jax.nn.softmax(jnp.where((seen >= 0)[:, None], s, -jnp.inf), axis=-1)

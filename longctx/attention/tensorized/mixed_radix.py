@@ -12,6 +12,8 @@ view [B, N/s, s H, D] of [B, N, H, D], which costs nothing.
 import dataclasses
 import functools
 import math
+import numbers
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -21,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from longctx.attention.rotary import rope
 from longctx.parallel.ulysses import repeat_heads
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.flash_attention import block_backward, flash_attention
+from pallas_kernels.flash_attention import block_backward, flash_attention, row_delta
 
 type Order = Literal["slow_first", "fast_first"]
 type Positions = Literal["digit", "global"]
@@ -66,12 +68,7 @@ def make_hops(
     Hops that see only their own token are left out: they pass values on.
     """
     check_dims(dims)
-    for name, value, allowed in (
-        ("order", order, ("slow_first", "fast_first")),
-        ("positions", positions, ("digit", "global")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} must be one of {allowed}")
+    check_choices(order, positions)
     hops, stride = [], 1
     for i, window in enumerate(dims):
         if window != 1 and stride < length:
@@ -81,10 +78,23 @@ def make_hops(
 
 
 def check_dims(dims: Dims) -> None:
-    """Raise ValueError unless every dimension is positive and at most the last unbounded."""
-    bounded = dims[:-1] if dims and dims[-1] is None else dims
-    if not dims or any(n is None or n < 1 for n in bounded):
-        raise ValueError(f"{dims=} must be positive, fast to slow; only the last may be None")
+    """Raise ValueError unless all are positive integers; the last may be None instead."""
+    known = isinstance(dims, Sequence) and len(dims) > 0
+    bounded = dims[:-1] if known and dims[-1] is None else dims
+    if not known or any(not isinstance(n, numbers.Integral) or n < 1 for n in bounded):
+        raise ValueError(
+            f"{dims=} must be positive integers, fast to slow; only the last may be None"
+        )
+
+
+def check_choices(order: Order, positions: Positions) -> None:
+    """Raise ValueError if either is misspelt."""
+    for name, value, allowed in (
+        ("order", order, ("slow_first", "fast_first")),
+        ("positions", positions, ("digit", "global")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of {allowed}")
 
 
 def mixed_radix_attention(
@@ -142,7 +152,7 @@ def _attend_bwd(hop, saved, do):
     """The probabilities of both parts are exp(score - lse) with the lse of the whole row."""
     q, k, v, bias, frequencies, doc_start, o, lse = saved
     strided = _Strided(hop, q.shape[1], q.shape[2], bias is not None, doc_start)
-    delta = jnp.swapaxes(jnp.sum(do.astype(lse.dtype) * o.astype(lse.dtype), -1), 1, 2)
+    delta = row_delta(o, lse, do, jnp.zeros_like(lse))
     folded, pull = jax.vjp(strided.fold_all, q, k, v, frequencies)
     rows = (strided.fold(do), strided.fold_rows(lse), strided.fold_rows(delta))
     grads = block_backward(*folded, *rows, **strided.mask, **strided.options)
@@ -152,8 +162,8 @@ def _attend_bwd(hop, saved, do):
         own, pull_own = jax.vjp(lambda q, k, bias: self_scores(q, k, bias, hop.scale), q, k, bias)
         p = jnp.exp(own - lse)
         values, pull_values = jax.vjp(lambda v: repeat_heads(v, q.shape[2]), v)
-        along = jnp.swapaxes(jnp.sum(do.astype(lse.dtype) * values.astype(lse.dtype), -1), 1, 2)
-        dq_own, dk_own, dbias = pull_own(p * (along - delta))
+        # do . v - delta, of do as it is rounded: 0 where a row sees nothing but itself.
+        dq_own, dk_own, dbias = pull_own(p * row_delta(values, lse, do, delta))
         (dv_own,) = pull_values((_per_row(p) * do.astype(p.dtype)).astype(v.dtype))
         dq, dk, dv = dq + dq_own, dk + dk_own, dv + dv_own
     return dq, dk, dv, dbias, dfrequencies, None

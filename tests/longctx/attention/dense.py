@@ -1,6 +1,12 @@
-"""Dense masked softmax attention in NumPy, float64: what the sparse operators must equal."""
+"""Dense masked softmax attention in NumPy, float64: what the operators must equal."""
 
 import numpy as np
+
+
+def relative_error(got, want):
+    """Root mean square of the difference over that of `want`."""
+    difference = np.asarray(got, np.float64) - want
+    return np.sqrt((difference**2).mean() / (want**2).mean())
 
 
 def masked_attention(q, k, v, mask, do=None):

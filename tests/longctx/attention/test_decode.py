@@ -71,12 +71,23 @@ def test_one_collective_of_a_size_independent_of_the_cache():
         assert not any(f" {kind}(" in text for kind in ("all-reduce", "collective-permute"))
 
 
+def test_fewer_key_heads_than_devices_along_the_heads():
+    """And none along the sequence."""
+    q, keys, values, start = operands(1)
+    want = expected(q, keys, values, start, None)
+    with jax.set_mesh(make_mesh(data=2, tensor=4)):
+        assert_close(jax.jit(decode_attention)(q, keys, values, jnp.asarray(start)), want, 1e-6)
+
+
 def test_one_device_and_errors():
     q, keys, values, start = operands(1)
     want = expected(q, keys, values, start, None)
     assert_close(decode_attention(q, keys, values, jnp.asarray(start)), want, 1e-6)
-    with pytest.raises(ValueError, match="start must be"):
-        decode_attention(q, keys, values, jnp.zeros((3,), jnp.int32))
+    for wrong in (jnp.zeros((3,), jnp.int32), jnp.zeros((B,))):
+        with pytest.raises(ValueError, match="start must be integer"):
+            decode_attention(q, keys, values, wrong)
+    with pytest.raises(ValueError, match="window=2"):
+        decode_attention(q, keys, values, jnp.asarray(start), window=2.0)
     with jax.set_mesh(make_mesh(seq=4)), pytest.raises(ValueError, match="length=30"):
         decode_attention(q, keys[:, :30], values[:, :30], jnp.asarray(start))
     with jax.set_mesh(make_mesh(seq=4)), pytest.raises(ValueError, match="axis='time'"):

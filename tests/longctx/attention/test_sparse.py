@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.attention import intervals, sparse
+from longctx.attention.coded_cache import coded_cache_attention
 from longctx.attention.rows import count_earlier, invert, move, of_code
 from tests.harness import assert_close, value_and_gradients
-from tests.longctx.attention.dense import masked_attention
+from tests.longctx.attention.dense import masked_attention, relative_error
 
 B, H, D, E = 2, 3, 8, 4
 
@@ -235,6 +236,34 @@ def test_one_bucket_and_no_dropping_are_dense_causal_attention():
     )
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16"])
+def test_hashes_may_be_narrow(dtype):
+    """Codes times the length, 120 buckets times 300 tokens, fit none of them."""
+    length, nb = 300, 120
+    hashes = jax.random.randint(jax.random.key(0), (B, length, H), 0, nb)
+    run = functools.partial(
+        sparse.hash_sparse_attention,
+        *qkv(length),
+        num_buckets=nb,
+        doc_start=documents(length),
+        **REFERENCE,
+    )
+    np.testing.assert_array_equal(run(hashes=hashes.astype(dtype)), run(hashes=hashes))
+
+
+def test_cached_scores_are_not_rounded():
+    """One bucket is dense causal attention; the cache must come as near to it as the full pass."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 256, 2, 64)) for key in keys)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (3 * q, 3 * k, v))
+    codes = jnp.zeros((1, 256, 2), jnp.int32)
+    want = masked_attention(q, k, v, causal(256))
+    full = sparse.hash_sparse_attention(q, k, v, num_buckets=1, hashes=codes, strict=False)
+    start = jnp.zeros(1, jnp.int32)
+    cached = coded_cache_attention(q, k, v, codes, codes, start, strict=False)
+    assert relative_error(cached, want) < 1.3 * relative_error(full, want)
+
+
 LENGTH, BUCKETS = 24, 6
 codes = st.lists(st.integers(0, BUCKETS - 1), min_size=LENGTH, max_size=LENGTH)
 masks = st.lists(
@@ -370,12 +399,27 @@ def test_bfloat16_moves_are_exact_both_ways(width):
         dict(key=None, hashes=jnp.full((B, 16, H), 4)),
         dict(key=None, hashes=jnp.full((B, 16, H), -1)),
         dict(key=None, hashes=jnp.zeros((B, 16, 1), jnp.int32)),
+        dict(key=None, hashes=jnp.zeros((B, 16, H))),
+        dict(key=None, hashes=jnp.zeros((B, 16, H), bool)),
+        dict(doc_start=jnp.zeros((B, 1), jnp.int32)),
+        dict(doc_start=jnp.zeros((B, 16))),
     ],
 )
 def test_hash_refuses(change):
     arguments = dict(num_buckets=4, key=jax.random.key(0)) | change
-    with pytest.raises(ValueError, match=r"key and hashes|tied=|num_buckets=|\[0, 4\)|q's \[B"):
+    rules = (
+        r"key and hashes|tied=|num_buckets=|\[0, 4\)|q's \[B|hashes must be int|doc_start must be"
+    )
+    with pytest.raises(ValueError, match=rules):
         sparse.hash_sparse_attention(*qkv(16), **arguments)
+
+
+@pytest.mark.parametrize(
+    "given", [{"key": jax.random.key(0)}, {"hashes": jnp.zeros((B, 0, H), int)}]
+)
+def test_hash_refuses_an_empty_sequence(given):
+    with pytest.raises(ValueError, match="no axis may be empty"):
+        sparse.hash_sparse_attention(*qkv(0), num_buckets=4, **given)
 
 
 def test_drop_refuses():
@@ -389,3 +433,11 @@ def test_drop_refuses():
         )
     with pytest.raises(ValueError, match="capacity"):
         sparse.qk_sparse_attention(q, k, v, keep, keep, capacity_q=16, capacity_k=0)
+    run = functools.partial(sparse.qk_sparse_attention, capacity_q=16, capacity_k=16)
+    with pytest.raises(ValueError, match="keep_k must be bool, got uint8"):
+        run(q, k, v, keep, 255 * keep.astype(jnp.uint8))
+    for doc_start in (jnp.zeros((B, 1), jnp.int32), jnp.zeros((B, 16))):
+        with pytest.raises(ValueError, match="doc_start must be integer"):
+            run(q, k, v, keep, keep, doc_start=doc_start)
+    with pytest.raises(ValueError, match="no axis may be empty"):
+        run(*qkv(0), keep[:, :0], keep[:, :0])

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longctx.attention.tensorized import tensorized_attention
+from longctx.attention.tensorized import (
+    Hop,
+    make_hops,
+    tensorized_attention,
+    tensorized_cache_attention,
+)
+from longctx.attention.tensorized import mixed_radix as operator_module
 from tests.harness import assert_close, value_and_gradients
-from tests.longctx.attention.dense import masked_attention
+from tests.longctx.attention.dense import masked_attention, relative_error
 
 B, H, K, D, E = 2, 4, 2, 8, 6
 FREQUENCIES = 10.0 ** -np.arange(0, 2, 2 / (D // 2))
@@ -400,11 +406,18 @@ def test_bfloat16():
     "change",
     [
         dict(dims=()),
+        dict(dims=8),
+        dict(dims=(8.0, 8)),
+        dict(dims=("8", 8)),
         dict(dims=(0, 8)),
         dict(dims=(None, 8)),
         dict(variant="diagonal"),
         dict(order="fast"),
         dict(positions="local"),
+        dict(variant="dominance", order="fast"),
+        dict(variant="dominance", positions="local"),
+        dict(variant="hierarchical", positions="local"),
+        dict(variant="kronecker", causal=False, positions="local"),
         dict(causal=False),
         dict(variant="kronecker"),
         dict(variant="hierarchical", order="slow_first"),
@@ -412,8 +425,80 @@ def test_bfloat16():
         dict(variant="dominance", dims=(4, 4)),
         dict(variant="kronecker", causal=False, doc_start=jnp.zeros((B, 64), jnp.int32)),
         dict(self_bias=jnp.zeros((2, H))),
+        dict(doc_start=jnp.zeros((B, 1), jnp.int32)),
+        dict(doc_start=jnp.zeros((B, 64))),
     ],
 )
 def test_refuses(change):
-    with pytest.raises(ValueError):
+    name = "causal" if change.get("variant") == "kronecker" and len(change) == 1 else [*change][-1]
+    with pytest.raises(ValueError, match=f"{name}|exceeds 16"):
         tensorized_attention(*inputs(64), **(dict(dims=(8, 8)) | change))
+
+
+Q_SHAPE, K_SHAPE, V_SHAPE = (B, 64, H, D), (B, 64, K, D), (B, 64, K, E)
+
+
+@pytest.mark.parametrize("variant", ["mixed_radix", "dominance", "hierarchical", "kronecker"])
+@pytest.mark.parametrize(
+    "shapes, rule",
+    [
+        ((Q_SHAPE[1:], K_SHAPE, V_SHAPE), "q, k and v must be"),
+        ((Q_SHAPE, (B, 32, K, D), V_SHAPE), "q, k and v must be"),
+        ((Q_SHAPE, (B, 64, K, 2 * D), V_SHAPE), "q, k and v must be"),
+        ((Q_SHAPE, K_SHAPE, (B, 64, H, E)), "q, k and v must be"),
+        ((Q_SHAPE, (B, 64, 3, D), (B, 64, 3, E)), "must be a multiple of K"),
+        (((B, 0, H, D), (B, 0, K, D), (B, 0, K, E)), "no axis may be empty"),
+    ],
+)
+def test_refuses_shapes(variant, shapes, rule):
+    with pytest.raises(ValueError, match=rule):
+        tensorized_attention(
+            *map(jnp.zeros, shapes), dims=(8, 8), variant=variant, causal=variant != "kronecker"
+        )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+def test_doc_start_may_be_narrow_or_unsigned(dtype):
+    doc_start = jnp.broadcast_to(jnp.where(jnp.arange(150) < 19, 0, 19)[None], (B, 150))
+    for variant in ("mixed_radix", "hierarchical"):
+        run = functools.partial(
+            tensorized_attention, *inputs(150), dims=(8, 20), variant=variant, backend="reference"
+        )
+        got = run(doc_start=doc_start.astype(dtype))
+        np.testing.assert_array_equal(got, run(doc_start=doc_start))
+
+
+def test_cached_scores_are_not_rounded():
+    """One dimension is dense attention; one token must come as near to it as the full pass."""
+    length = 256
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, length, 2, 64)) for key in keys)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (3 * q, 3 * k, v))
+    want = masked_attention(q, k, v, np.tril(np.ones((length, length), bool)))
+    full = tensorized_attention(q, k, v, dims=(length,))
+    hops = make_hops((length,), length, "slow_first", "digit", 1 / 8, "auto")
+    memory = (jnp.broadcast_to(x, (length, *x.shape[1:])) for x in (k, v))
+    start, new = jnp.arange(length), jnp.ones(length, jnp.int32)  # every token in a row of its own
+    cached, _ = tensorized_cache_attention(q.swapaxes(0, 1), *memory, (), start, new, hops=hops)
+    assert relative_error(cached.swapaxes(0, 1), want) < 1.3 * relative_error(full, want)
+
+
+def test_delta_is_of_the_cotangent_as_rounded(monkeypatch):
+    """A program that makes do itself must not sum what do was before its rounding."""
+    q, k, v = inputs(64, kv_heads=H)
+    o, do = (jax.random.normal(jax.random.key(i), v.shape) for i in (3, 4))
+    bias = jnp.zeros(H)
+    own = operator_module.self_scores(q, k, bias, 1.0)
+    nothing = tuple(map(jnp.zeros_like, (q, k, v)))
+    monkeypatch.setattr(operator_module, "block_backward", lambda *_, **__: nothing)
+
+    @jax.jit
+    def dbias(do):
+        saved = (q, k, v, bias, None, None, o, own)
+        return operator_module._attend_bwd(Hop(1, None), saved, do.astype(jnp.bfloat16))[3]
+
+    rounded = np.asarray(do.astype(jnp.bfloat16), np.float64)
+    want = (rounded * (np.asarray(v, np.float64) - np.asarray(o))).sum((0, 1, 3))
+    np.testing.assert_allclose(dbias(do), want, atol=1e-4)
+    # XLA on a CPU rounds anyway: that both sums ask for it shows in the program alone.
+    assert str(jax.make_jaxpr(dbias)(do)).count("reduce_precision") == 2

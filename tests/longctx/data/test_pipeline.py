@@ -2,6 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from longctx.data.config import DataConfig, DataError
 from longctx.data.packing import Windows, pack
@@ -37,8 +39,35 @@ def test_windows_cover_every_target_once_and_know_their_documents():
 
 def test_sequence_longer_than_the_corpus():
     assert len(Windows(CORPUS, 11)) == 1
-    with pytest.raises(DataError, match="12 tokens and its targets is longer than the corpus"):
+    message = (
+        "12 tokens and its targets is longer than the train split of 12 tokens: lower data.seq"
+    )
+    with pytest.raises(DataError, match=message):
         Windows(CORPUS, 12)
+
+
+def test_a_held_out_part_that_is_too_short_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    held_out = load_corpus(DataConfig(source=str(tmp_path / "a.txt")), "valid", vocab_size=257)
+    with pytest.raises(DataError, match=r"valid split of 51 tokens.*data\.valid_fraction or give"):
+        held_out.windows(64)
+
+
+def test_held_out_text_beside_a_task_is_refused():
+    config = DataConfig(source="task:mqar", valid_source="a.txt")
+    with pytest.raises(DataError, match=r"data\.valid_source=a\.txt must be empty"):
+        load_corpus(config, "train", vocab_size=257)
+
+
+def test_tokenizing_shows_a_bar_on_a_terminal_only(monkeypatch, capsys):
+    pack([("a", b"abc")], ByteTokenizer())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(console=Console(stderr=True)):  # another live display
+        corpus = pack([("a", b"abc")], ByteTokenizer())
+    assert corpus.tokens.tolist() == [B, *b"abc"]
+    assert "tokenizing" in capsys.readouterr().err
 
 
 def test_each_pass_is_complete_and_in_a_new_order():

@@ -30,6 +30,7 @@ def test_bytes():
     assert tokenizer.decode([tokenizer.boundary, *tokens]) == TEXT
     assert tokenizer.boundary == tokenizer.vocab_size - 1 == 256
     assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.decode([*tokens, 258]) == TEXT  # of a vocabulary that was padded
 
 
 def test_tokenizer_file(tmp_path):

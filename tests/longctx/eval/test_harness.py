@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 
+from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import UserError
-from longctx.eval.harness import harness_model
+from longctx.eval import harness
+from longctx.eval.harness import RunScorer, harness_model
 from longctx.train.loop import train
 from longctx.train.restore import load_run
 from tests.longctx.train.runs import tiny_run
@@ -92,6 +95,19 @@ def test_generation_is_greedy_and_ends_where_told(run, lm):
     assert shorter == text[: text.index(text[3])]
     with pytest.raises(UserError, match="only greedy"):
         lm.generate_until([Request(("a", {"do_sample": True, "temperature": 0.7}))])
+
+
+def test_a_space_that_the_continuation_begins_with_is_kept(run, tmp_path, monkeypatch):
+    """Metaspace, as in Llama's tokenizers, strips it where a text begins."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "▁no": 1, "▁play": 2}))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "t.json"))
+    scorer = RunScorer(run)
+    scorer.tokenizer = load_tokenizer(str(tmp_path / "t.json"))
+    monkeypatch.setattr(harness, "generate", lambda *_, **__: np.array([[2, 1, 0]]))
+    assert scorer.continuation("no", [], 3) == " play no"
 
 
 def test_without_the_extra(run, monkeypatch):

@@ -98,6 +98,12 @@ def test_devices_must_divide_the_lengths(trained, capsys):
     assert "lengths=64,129: mesh.seq=2 must divide 129" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [[], ["--tasks", "mqar"]])
+def test_a_mesh_of_more_devices_than_there_are(trained, options):
+    with pytest.raises(UserError, match="needs 16 devices, there are 8"):
+        evaluate([str(trained), "--lengths", "64", "--mesh.seq", "16", *options])
+
+
 @pytest.mark.parametrize(
     ("names", "length", "message"),
     [

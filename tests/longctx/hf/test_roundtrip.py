@@ -43,6 +43,7 @@ MINIMAX = dataclasses.replace(
     vocab_size=64,
     dtype="float32",
 )
+HEADS = ("num_attention_heads", "head_dim")
 CASES = {"tnl": TNL, "llama": LLAMA, "mistral": MISTRAL, "minimax": MINIMAX}
 
 
@@ -132,6 +133,9 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
         (to_hf(MINIMAX, 8) | {"num_local_experts": 32}, "num_local_experts=32"),
         (to_hf(MINIMAX, 8) | {"num_attention_heads": 6}, "num_attention_heads=6"),
         (to_hf(MINIMAX, 8) | {"layer_types": ["conv"] * 9}, "layer_types=\\['conv'\\]"),
+        (to_hf(MINIMAX, 8) | {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ({"model_type": "llama", **dict.fromkeys(HEADS, 8)}, "needs the setting 'vocab_size'"),
+        (to_hf(LLAMA, 8) | {"rope_parameters": {"rope_type": "linear"}}, "setting 'factor'"),
         (to_hf(MINIMAX, 8) | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (to_hf(TNL, 8) | {"linear_use_lrpe_list": [0, 1, 0, 0]}, "linear_use_lrpe_list"),
     ],
@@ -139,6 +143,25 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
 def test_what_cannot_be_imported_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         from_hf(config)
+
+
+def test_broken_files_are_named(tmp_path):
+    config, tensors = tmp_path / "config.json", tmp_path / io.SINGLE
+    save_hf(LLAMA, parameters(LLAMA), tmp_path, max_length=128)
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{tensors} is not a complete safetensors file"):
+        load_hf(tmp_path)
+    (tmp_path / io.INDEX).write_text("{}")
+    with pytest.raises(UserError, match=r"index\.json lacks 'weight_map'"):
+        load_hf(tmp_path)
+    config.write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=f"{config}: .* needs the setting 'num_attention_heads'"):
+        load_hf(tmp_path)
+    for text, message in (('{"model_type": ', "is not JSON"), ("[]", "must hold a JSON object")):
+        config.write_text(text)
+        for read in (io.is_hf_folder, load_hf):
+            with pytest.raises(UserError, match=f"{config} {message}"):
+                read(tmp_path)
 
 
 def test_rope_of_older_and_bare_configurations():

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from longctx.nn import LightningAttention, RingAttention, RopeScaling, SelfAttention
+from longctx.nn.cache import Cache
 from longctx.nn.position import default_positions, rope_frequencies
 from longctx.parallel import make_mesh
 from tests.harness import assert_close
@@ -128,6 +130,23 @@ def test_ring_attention_names_the_strategy():
     assert RingAttention(M, 4, D, rngs=nnx.Rngs(0)).strategy == "ring"
 
 
+def continued_in_shards():
+    module = softmax()
+    slots = Cache(P(), (P(None, "seq"),) * 2)
+    mesh = make_mesh(seq=2)
+    continue_ = jax.shard_map(
+        lambda x, cache: module(x, cache)[0], mesh=mesh, in_specs=(P(), slots), out_specs=P()
+    )
+    return jax.eval_shape(continue_, X, module.init_cache(B, 2 * T))
+
+
+def test_a_module_made_before_the_mesh_is_called_under_it():
+    module = softmax()
+    want = module(X)[0]
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        assert_close(module(X)[0], want, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -143,6 +162,19 @@ def test_ring_attention_names_the_strategy():
             ),
             "doc_start",
         ),
+        (
+            lambda: softmax()(X, doc_start=jnp.zeros((B, 1), jnp.int32)),
+            r"doc_start must be \[B, T\]",
+        ),
+        (
+            lambda: softmax()(X, softmax().init_cache(B, T), lengths=jnp.ones(1, jnp.int32)),
+            r"lengths must be \[B\]",
+        ),
+        (
+            lambda: softmax()(X, softmax().init_cache(B, T - 1)),
+            f"{T} tokens do not fit into a cache of {T - 1}",
+        ),
+        (lambda: continued_in_shards(), "a cache cannot be continued inside a shard_map"),
         (lambda: RopeScaling("yarn"), "yarn"),
         (lambda: RopeScaling("linear", 0.5), "factor"),
     ],

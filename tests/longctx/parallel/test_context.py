@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.compiler import training_options
-from longctx.parallel import Layout, context_attention, make_mesh
+from longctx.parallel import Layout, context, context_attention, make_mesh
 from pallas_kernels.flash_attention import flash_attention
 from tests.harness import assert_close
 from tests.longctx.parallel.cases import (
@@ -318,6 +318,35 @@ def test_inside_a_users_own_shard_map(check_vma):
     assert_close([layout.invert(g) for g in got], want, 1e-6)
 
 
+@pytest.mark.parametrize("strategy", ["ring", pytest.param("all_gather", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("manual", [{"seq"}, {"data", "seq"}])
+def test_gradients_inside_a_users_shard_map_over_some_axes(strategy, manual):
+    args, _ = operands(batch=2)
+    layout, rows = Layout("zigzag", 4), P("data" if "data" in manual else None, "seq")
+
+    def loss(*args):
+        attend = functools.partial(context_attention, layout=layout, strategy=strategy)
+        o = jax.shard_map(attend, in_specs=(rows,) * 3, out_specs=rows, axis_names=manual)(*args)
+        return jnp.sum(jnp.sin(o))
+
+    one = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(flash_attention(*x))), (0, 1, 2)))
+    with jax.set_mesh(make_mesh(data=2, seq=4)):
+        got = jax.jit(jax.grad(loss, (0, 1, 2)))(*map(layout.apply, args))
+    assert_close([layout.invert(g) for g in got], one(*args), 1e-6)
+
+
+def test_auto_is_told_the_rows_of_one_device(monkeypatch):
+    told = []
+    explain = context.cost.explain
+    monkeypatch.setattr(
+        context.cost, "explain", lambda **call: told.append(call["batch"]) or explain(**call)
+    )
+    args, _ = operands(batch=4)
+    with jax.set_mesh(make_mesh(data=4, seq=2)):
+        jax.eval_shape(context_attention, *args)
+    assert told == [1]
+
+
 def test_explicit_mesh_and_one_device():
     args, _ = operands()
     want = flash_attention(*args, backend="reference")
@@ -348,7 +377,7 @@ def test_errors_come_before_any_collective():
             "must be a multiple of 12": {"strategy": "ulysses", "head_axis": None},
             "the 2 devices along head_axis='tensor'": {"heads": 3},
             "head_groups=2 must be 1": {"head_groups": 2, "strategy": "all_gather"},
-            "head_groups=2 must divide 3": {
+            "head_groups=2 must divide the 3 key heads": {
                 "head_groups": 2,
                 "strategy": "ring",
                 "head_axis": None,
@@ -366,7 +395,16 @@ def test_errors_come_before_any_collective():
             "[B, T, H, D]": lambda: context_attention(q, k[:, :16], v),
             "equally wide": lambda: context_attention(q, k[..., :4], v),
             "doc_start must be": lambda: context_attention(q, k, v, doc_start=start[:, :16]),
+            "doc_start must be integer": lambda: context_attention(q, k, v, doc_start=start * 1.0),
             "window=0": lambda: context_attention(q, k, v, window=0),
+            "window=4.0 must be a Python Integral": lambda: context_attention(q, k, v, window=4.0),
+            "soft_cap=-1": lambda: context_attention(q, k, v, soft_cap=-1),
+            "backend='foo' must be one of": lambda: context_attention(q, k, v, backend="foo"),
+            "one floating dtype": lambda: context_attention(q, k, v.astype(jnp.bfloat16)),
+            "[B, T, K, E]": lambda: context_attention(q, k, v[..., 0]),
+            "1 of an array's shape (1, 32, 6, 8) must be a multiple of the 2 devices along": (
+                lambda: context_attention(q, k, v, batch_axes=("tensor",), head_axis=None)
+            ),
         }.items():
             with pytest.raises(ValueError, match=re.escape(message)):
                 call()

@@ -87,6 +87,27 @@ def test_pieces_change_nothing(strategy, layout, cuts, monkeypatch):
     assert_close(got, exact(args, do, doc_start), 1e-6)
 
 
+@pytest.mark.parametrize("manual", [{"seq"}, {"data", "seq"}])
+def test_gradients_inside_a_users_shard_map_over_some_axes(manual):
+    (q, k, v, log_decay), do = operands(batch=2)
+    layout, rows = Layout("zigzag", 4), P("data" if "data" in manual else None, "seq")
+
+    def pull(q, k, v, do):
+        def loss(q, k, v):
+            o = jax.shard_map(
+                lambda *x: context_lightning(*x, log_decay, layout=layout),
+                in_specs=(rows,) * 3, out_specs=rows, axis_names=manual,
+            )(q, k, v)  # fmt: skip
+            return jnp.sum(o * do)
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    want = jax.vjp(lambda q, k, v: lightning_attention(q, k, v, log_decay), q, k, v)[1](do)
+    with jax.set_mesh(make_mesh(data=2, seq=4)):
+        got = jax.jit(pull)(*map(layout.apply, (q, k, v, do)))
+    assert_close([layout.invert(g) for g in got], want, 1e-6)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(
@@ -209,5 +230,5 @@ def test_one_device_and_errors():
             context_lightning(q[:, :, :3], k[:, :, :3], v[:, :, :3], rate[:3])
         with pytest.raises(ValueError, match=re.escape("[B, T, H, D]")):
             context_lightning(q, k[:, :16], v, rate)
-        with pytest.raises(ValueError, match="doc_start must be"):
+        with pytest.raises(ValueError, match="doc_start is int32"):
             context_lightning(q, k, v, rate, doc_start=jnp.zeros((1, 16), jnp.int32))

@@ -45,6 +45,12 @@ def test_what_was_measured_before_a_failure_is_shown(tmp_path, monkeypatch):
     assert (tmp_path / "reproduce" / "study" / "smoke" / "table.md").read_text() == "first None\n"
 
 
+def test_all_of_no_experiments_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="experiments has no experiments"):
+        reproduce(["--all"])
+
+
 def test_jobs_are_dealt_out_over_gpus(monkeypatch, capsys):
     def taken(usable, gpus, count):
         started, found = multiprocessing.Value("i", 0), []

@@ -21,7 +21,7 @@ from longctx.train.config import (
     TrainConfig,
     read_config,
 )
-from longctx.train.initial import begin_with
+from longctx.train.initial import begin_with, run_from_hf, run_to_hf
 from longctx.train.loop import train
 from longctx.train.restore import load_run
 from longctx.train.step import create_state
@@ -118,6 +118,18 @@ def test_convert_command_to_hugging_face_and_back(trained, tmp_path):
     assert given.keys() == got.keys()
     for path, value in given.items():
         np.testing.assert_array_equal(got[path], value)
+
+
+def test_convert_spares_what_is_there(trained, tmp_path):
+    file, before = tmp_path / "file", (trained / "config.json").read_text()
+    file.touch()
+    for out, message in ((trained, "has the config.json of a run"), (file, "is a file")):
+        with pytest.raises(RunError, match=message):
+            run_to_hf(trained, out)
+    assert (trained / "config.json").read_text() == before
+    run_to_hf(trained, tmp_path / "hf")
+    with pytest.raises(RunError, match="already has a checkpoint"):
+        run_from_hf(tmp_path / "hf", trained)
 
 
 def test_eval_tasks_command(trained, capsys):

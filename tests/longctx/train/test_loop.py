@@ -11,7 +11,7 @@ import pytest
 
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.train import loop
-from longctx.train.config import RunError
+from longctx.train.config import RunError, read_config
 from longctx.train.loop import train
 from longctx.train.metrics import read_metrics
 from longctx.train.restore import load_run
@@ -167,6 +167,19 @@ def test_another_run_in_the_same_directory_is_an_error(source, finished):
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=1))
     with pytest.raises(RunError, match=r"data\.seed 0 -> 1"):
         train(other, finished)
+
+
+def test_a_start_that_fails_may_be_corrected(source, tmp_path, monkeypatch, capsys):
+    def fail(self, stop):
+        raise RunError("out of memory")
+
+    monkeypatch.setattr(loop._Run, "steps", fail)
+    for config in (tiny_run(source), tiny_run(source, TRANSFORMER)):
+        with pytest.raises(RunError, match="out of memory"):
+            train(config, tmp_path)
+        assert read_config(tmp_path) == config
+    said = capsys.readouterr().out
+    assert "checkpoints in" in said and "loss curve" not in said  # nothing was recorded
 
 
 @pytest.mark.parametrize(

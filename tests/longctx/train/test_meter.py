@@ -135,6 +135,15 @@ def test_progress_in_lines(capsys):
     assert "held out 2.750 bits/byte" in second
 
 
+def test_the_bar_shows_the_time_left_of_the_record(monkeypatch, capsys):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    view = ProgressView(20, 0)
+    view.write({"step": 3, "loss": 1.25, "eta_seconds": 61})
+    view.close()
+    assert "1.2500 nats  ETA 0:01:01" in capsys.readouterr().out
+
+
 def test_held_out_curve():
     records = [
         {"step": 11, "loss": 4.0, "tokens_per_second": 100.0},

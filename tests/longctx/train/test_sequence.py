@@ -51,6 +51,16 @@ def test_losses_equal_those_of_one_device(strategy, tmp_path):
     np.testing.assert_allclose([whole.bits_per_byte, split.bits_per_byte], one[-1], rtol=1e-5)
 
 
+def test_a_run_with_usp_is_scored_on_other_meshes(tmp_path):
+    usp = ParallelConfig(strategy="usp", layout="zigzag", ranks=2)
+    model = dataclasses.replace(HYBRID.model, mixers=("softmax",), num_layers=1)
+    run = dataclasses.replace(HYBRID, model=model, mesh=MeshConfig(seq=4), parallel=usp)
+    trained = losses(run, tmp_path)
+    for seq in (1, 2):
+        (score,) = evaluate(tmp_path, [64], tokens=256, mesh=MeshConfig(seq=seq))
+        np.testing.assert_allclose(score.bits_per_byte, trained[-1], rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixers", [("lightning",), ("softmax",), ("lightning", "softmax")])
 def test_two_options_split_the_sequences_of_any_model(mixers, tmp_path):
