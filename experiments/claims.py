@@ -340,12 +340,12 @@ PAPERS: dict[str, list[Section]] = {
     ],
     "Every kernel on a device": [
         Section(
-            "Checks on an H100",
+            "Checks on an H200",
             "Every feature of both kernel families is right on the device itself.",
-            Path("experiments/bench/results/check_device_h100.jsonl"),
+            Path("experiments/bench/results/check_device_h200.jsonl"),
             lines.checked,
             "longctx check-device",
-            needs="one H100",
+            needs="one H200",
         ),
     ],
     "Pods": [
