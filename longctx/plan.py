@@ -97,7 +97,7 @@ def report_of(config: RunConfig, topology: str) -> dict[str, Any]:
     began, busy = time.perf_counter(), time.process_time()
     try:
         compiled = compile_step(config, mesh)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # the compiler's, a rule of ours
         first = str(error).split("\n", maxsplit=1)[0]
         raise UserError(f"the step does not compile for {topology}: {first}") from error
     seconds, busy = time.perf_counter() - began, time.process_time() - busy

@@ -40,7 +40,7 @@ def train(config: RunConfig, out: pathlib.Path) -> None:
     Raises:
       DataError: the data cannot serve the run.
       RunError: `out` holds another run or a later step, none of its checkpoints can be read, a loss
-        is not finite, or the model or the mesh cannot be built.
+        is not finite, or the model, the mesh or the step cannot be built.
       SystemExit: a signal asked the run to stop; everything is saved.
     """
     try:
@@ -114,9 +114,11 @@ class _Run:
         for step in range(self.done + 1, train.steps + 1):
             self._profiler.before(step)
             batch = next(self._batches)
-            self.state, metrics = advance(
-                self.state, put_batch(batch, self._mesh, self._config.parallel.token_layout)
-            )
+            batch_on_mesh = put_batch(batch, self._mesh, self._config.parallel.token_layout)
+            try:
+                self.state, metrics = advance(self.state, batch_on_mesh)
+            except ValueError as error:  # a rule of some operator, found as the step is traced
+                raise RunError(str(error)) from error
             self._meter.push(step, metrics, batch["index"])
             self._profiler.after(step, metrics)
             if step == train.steps or (every and step % every == 0):

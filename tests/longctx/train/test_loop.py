@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from longctx.models import ParallelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.train import loop
 from longctx.train.config import RunError, read_config
@@ -194,3 +195,12 @@ def test_what_cannot_be_built_is_a_clear_error(source, tmp_path, model, axes, me
     with pytest.raises(RunError, match=message):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rule_found_as_the_step_is_traced_is_a_clear_error(source, tmp_path):
+    parallel = ParallelConfig(strategy="ulysses")
+    config = dataclasses.replace(
+        tiny_run(source, TRANSFORMER), mesh=MeshConfig(seq=4), parallel=parallel
+    )
+    with pytest.raises(RunError, match=r"2 query and 2 key/value heads cannot be dealt to 4"):
+        train(config, tmp_path)
