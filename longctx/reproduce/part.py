@@ -84,8 +84,12 @@ def measured(part: Part, name: str, runs: Path) -> Path:
 
 
 def rows_file(part: Part, name: str, runs: Path) -> Path:
-    """Where the rows of a part of experiment `name` are, once they are measured."""
-    return runs / run_name(part.config) / f"{name}.jsonl"
+    """Where the rows of a part of experiment `name` are, once they are measured.
+
+    Parts may share a run: arms that change nothing do.
+    """
+    which = hashlib.sha256(part.name.encode()).hexdigest()[:8]
+    return runs / run_name(part.config) / f"{name}.{which}.jsonl"
 
 
 def speed_file(part: Part, runs: Path) -> Path:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from longctx.configs import RUNS
 from longctx.errors import UserError
-from longctx.reproduce import many
+from longctx.reproduce import many, part
 from longctx.reproduce.command import reproduce
+from longctx.reproduce.part import Part
 
 STUDY = Path(__file__).with_name("study.py")
 
@@ -25,18 +27,27 @@ def test_parts_are_measured_once_and_say_where(jobs, tmp_path, monkeypatch):
     assert first["tokens_per_second"] > 0 and "tokens_per_second" not in second
     assert first["command"].endswith(f"--jobs {jobs}")
     assert second["bits_per_byte"] != first["bits_per_byte"]
-    (rows,) = tmp_path.glob(f"runs/{first['run']}/reproduce.study.smoke.jsonl")
+    (rows,) = tmp_path.glob(f"runs/{first['run']}/reproduce.study.smoke.*.jsonl")
     rows.write_text(rows.read_text().replace("cpu", "another machine"))
     reproduce([str(STUDY), "--out", str(tmp_path)])
     second, first = (json.loads(line) for line in results.read_text().splitlines())
     assert (first["device"], second["device"]) == ("another machine", "cpu")
 
 
+def test_parts_that_share_a_run_have_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(part, "trained", lambda config, runs: runs / part.run_name(config))
+    same = [Part(name, RUNS["quickstart"], lambda run, name=name: [{"arm": name}]) for name in "ab"]
+    for one in same:
+        (tmp_path / part.run_name(one.config)).mkdir(exist_ok=True)
+        part.measured(one, "study", tmp_path)
+    assert [part.rows_of(one, "study", tmp_path)[0]["arm"] for one in same] == ["a", "b"]
+
+
 def test_what_was_measured_before_a_failure_is_shown(tmp_path, monkeypatch):
-    def fails(part, name, runs):
-        if part.name == "second":
+    def fails(one, name, runs):
+        if one.name == "second":
             raise ValueError("broken on purpose")
-        return measured(part, name, runs)
+        return measured(one, name, runs)
 
     measured = many.measured
     monkeypatch.setattr(many, "measured", fails)
