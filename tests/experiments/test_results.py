@@ -31,10 +31,13 @@ def test_measured_sections_have_lines(section):
 
 def test_ring_rows_are_compared_with_a_share_of_one_device():
     row = {"name": "ring", "which": "forward_backward", "length": 32768, "heads": 64}
-    row |= {"kv_heads": 8, "devices": 2, "group": "attention"}
+    row |= {"kv_heads": 8, "devices": 2, "group": "attention", "part": "full"}
     one = row | {"name": "ours", "devices": 1, "ms": 6.0, "errors": {"o": 1e-3, "dq": 2e-3}}
     two = row | {"ms": 4.0, "ideal_ms": 3.0, "of_ideal": 0.75, "errors": {"o": 3e-3, "dq": 1e-3}}
     line, error = lines.ring([one, two])
+    part = {name: two[name] for name in two if name != "errors"} | {"part": "alone"}
+    (alone,) = lines.ring([part])
+    assert alone.what.endswith("heads 64:8, what one computes")
     assert line.what == "ring, forward + backward, 2 x 16384 tokens, heads 64:8"
     assert (line.beside, line.theirs, line.ours) == ("1/2 of one device", "3.000 ms", "4.000 ms")
     assert line.ratio == pytest.approx(4 / 3)
@@ -71,6 +74,7 @@ def test_schedules_show_what_is_exposed_and_how_memory_grows():
     def row(devices, exposed, memory):
         moves = {"collective-permute": {"bytes": 4e6, "exposed_bytes": exposed}}
         row = {"name": "ring", "which": "forward", "heads": 2, "kv_heads": 2, "moves": moves}
+        row["part"] = "full"
         return row | {"devices": devices, "length": 8 * devices, "temporary_bytes": memory}
 
     hidden, exposed, memory = lines.schedule([row(4, 0, 1e6), row(16, 1e6, 2e6)])
