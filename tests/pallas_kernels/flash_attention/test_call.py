@@ -1,7 +1,9 @@
 """How flash_attention behaves as a JAX function: transforms, meshes, memory, refusals."""
 
 import functools
+import math
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.flash_attention import Tiles, flash_attention
+from pallas_kernels.flash_attention import (
+    Tiles,
+    block_backward,
+    block_forward,
+    flash_attention,
+)
 from pallas_kernels.flash_attention.tiles import TpuTiles
 from tests.harness import assert_close, pullback_of
 from tests.pallas_kernels.flash_attention.cases import (
@@ -130,3 +137,31 @@ def test_bad_input_says_which_rule_it_breaks(change, message):
 def test_bad_tiles():
     with pytest.raises(ValueError, match="kv=0 must be positive"):
         Tiles(16, 0)
+
+
+def test_numbers_beyond_int32_do_not_wrap():
+    x = jnp.ones((1, 6, 1, 8)) * jnp.arange(1.0, 7.0)[None, :, None, None]
+    want = flash_attention(x, x, x)
+    for no_limit in (np.full((1, 6), 2**40), np.full((1, 6), 2**32 - 1, np.uint32)):
+        assert_close(flash_attention(x, x, x, hi=no_limit), want, 1e-6)
+    assert_close(flash_attention(x, x, x, window=sys.maxsize), want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"soft_cap": math.inf}, {"scale": math.nan}, {"q_offset": 2**31 - 4}, {"q_offset": None}],
+)
+def test_numbers_that_mean_nothing_are_refused(wrong):
+    x = jnp.ones((1, 6, 1, 8))
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        flash_attention(x, x, x, **wrong)
+
+
+def test_a_hop_is_told_which_array_does_not_fit():
+    x, lse = jnp.ones((1, 6, 1, 8)), jnp.ones((1, 1, 6))
+    with pytest.raises(ValueError, match=r"o of carry must be of shape \(1, 6, 1, 8\)"):
+        block_forward(x, x, x, carry=(x[:, :3], lse))
+    with pytest.raises(ValueError, match="lse must be of shape"):
+        block_backward(x, x, x, x, lse.swapaxes(1, 2), lse)
+    with pytest.raises(ValueError, match="dq of accumulate"):
+        block_backward(x, x, x, x, lse, lse, accumulate=(x[:, :3], None, None))
