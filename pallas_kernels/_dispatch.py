@@ -26,6 +26,12 @@ def not_hopper() -> str | None:
     return f"the kernels are written for Hopper GPUs, not for {device.device_kind}"
 
 
+def check_name(backend: str, modules: Mapping[str, ModuleType]) -> None:
+    """Raise ValueError unless `backend` is "auto" or names a module."""
+    if backend not in ("auto", *modules):
+        raise ValueError(f"{backend=} must be one of {['auto', *modules]}")
+
+
 def check_backend(backend: str, modules: Mapping[str, ModuleType], spec: Any) -> None:
     """Raise unless `backend` is "auto" or names a module that can serve `spec`.
 
@@ -34,10 +40,9 @@ def check_backend(backend: str, modules: Mapping[str, ModuleType], spec: Any) ->
       NotImplementedError: the named backend cannot serve this call; the message says why and
         which backends can. A named backend never falls back to another.
     """
+    check_name(backend, modules)
     if backend == "auto":
         return
-    if backend not in modules:
-        raise ValueError(f"{backend=} must be one of {['auto', *modules]}")
     reason = modules[backend].unsupported(spec)
     if reason is not None:
         able = [name for name, m in modules.items() if m.unsupported(spec) is None]

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.shards import pack, unpack
-from longctx.parallel.ulysses import kv_copies
+from longctx.parallel.ulysses import kv_copies, repeat_heads
 from pallas_kernels.flash_attention import block_forward
 
 
@@ -66,7 +66,7 @@ def decode_attention(
     layout = as_layout(layout, devices)
     layout.check(slots, devices)
     copies = kv_copies(q.shape[2], keys.shape[2], free_size(head_axis))
-    keys, values = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (keys, values))
+    keys, values = (repeat_heads(x, copies * x.shape[2]) for x in (keys, values))
 
     def attend(q: Array, keys: Array, values: Array, start: Array) -> Array:
         stop = start[:, None] + 1 + jnp.arange(q.shape[1], dtype=start.dtype)[None]

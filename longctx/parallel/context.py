@@ -22,6 +22,7 @@ from longctx.parallel.ulysses import (
     ulysses_attention,
     whole_attention,
 )
+from pallas_kernels._dispatch import check_name
 from pallas_kernels.flash_attention.api import BACKENDS, make_spec
 
 Strategy = Literal["auto", "ring", "all_gather", "ulysses", "usp"]
@@ -116,8 +117,7 @@ def context_attention(
         )
     # Raises what kernels would, before the first collective.
     window = make_spec(q, k, v, None, causal, window, 0, scale, soft_cap).window
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"{backend=} must be one of {('auto', *BACKENDS)}")
+    check_name(backend, BACKENDS)
     if head_groups < 1 or (head_groups > 1 and strategy not in ("ring", "usp")):
         raise ValueError(f"{head_groups=} must be 1, or more with strategy='ring' or 'usp'")
     if not causal and (window is not None or doc_start is not None):

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
+from pallas_kernels._dispatch import check_name
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.lightning_attention import (
     lightning_attention,
@@ -85,8 +86,7 @@ def context_lightning(
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
     make_spec(q, k, v, log_decay, None, doc_start)  # raises as kernels would
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"{backend=} must be one of {('auto', *BACKENDS)}")
+    check_name(backend, BACKENDS)
     devices, inside = sequence_axis(axis)
     length = q.shape[1] * devices if inside else q.shape[1]
     layout = as_layout(layout, devices)
