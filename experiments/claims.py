@@ -249,7 +249,8 @@ PAPERS: dict[str, list[Section]] = {
         bench(
             "ring_step_training",
             "Training over devices, weights gathered once a step",
-            "Each device is as fast as one alone with as many tokens.",
+            "Each device is as fast as one alone: TNL's as one with as many tokens, a "
+            "Transformer's as one with the same sequence.",
             lines.ring_training,
             "ring --groups training --models TNL --chunk 0 --devices 1 2 --batches 11 "
             "--fsdp-over-seq --gather step --states ring --name ring_step",

@@ -58,18 +58,21 @@ def ring_training(rows: Sequence[Row]) -> Iterator[Line]:
         return r["model"], length, r.get("states")
 
     one = {alone(r, r["length"]): r for r in rows if r["devices"] == 1 and "failed" not in r}
-    longest = max(r["per_device"] for r in rows)
+    beside = []
     for r in rows:
-        if r["devices"] == 1 or "failed" in r:
-            continue
+        if r["devices"] > 1 and "failed" not in r:
+            length = r["per_device" if r["model"] == "TNL" else "length"]
+            beside.append((r, length, one.get(alone(r, length))))
+    compared = [r for r, _, found in beside if found]
+    for r, length, found in beside:
         what = f"training {r['model']}, {r['devices']} devices, {r['per_device']} tokens each"
         if r.get("states") == "ring":
             what += ", states in a ring"
         what, ours = f"{what}: per device", r["tokens_per_second_per_device"]
-        length = r["per_device" if r["model"] == "TNL" else "length"]
-        if alone(r, length) in one:
-            theirs = one[alone(r, length)]["tokens_per_second"]
+        if found:
+            longest = max(c["per_device"] for c in compared if c["model"] == r["model"])
             headline = r["per_device"] == longest
+            theirs = found["tokens_per_second"]
             yield compare_speed(what, f"one device, {length} tokens", theirs, ours, headline)
         else:
             yield Line(what, "", "", f"{ours:,.0f} tokens/s")
