@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from longctx.parallel.placement import placed_by_xla, split_of
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,19 @@ def append[Memory: (Array, LayerSlots)](
     Padding, and what no longer fits, goes nowhere.
     """
     if isinstance(memory, LayerSlots):
-        place = (memory.layer, *_places(memory.shape[1], x, start, new))
-        layers = memory.layers.at[place].set(x.astype(memory.layers.dtype), mode="drop")
+        layers = _written(memory.layers, x, start, new, memory.layer)
         return dataclasses.replace(memory, layers=layers)
-    place = _places(memory.shape[1], x, start, new)
-    return cast(Memory, memory.at[place].set(x.astype(memory.dtype), mode="drop"))
+    return cast(Memory, _written(memory, x, start, new))
+
+
+def _written(memory: Array, x: Array, start: Array, new: Array, *layer: Array) -> Array:
+    """`memory`, of one layer or of all, with the tokens where they go."""
+
+    def write(memory: Array, x: Array, start: Array, new: Array, *layer: Array) -> Array:
+        place = *layer, *_places(memory.shape[1 + len(layer)], x, start, new)
+        return memory.at[place].set(x.astype(memory.dtype), mode="drop")
+
+    return placed_by_xla(write, memory, x, start, new, *layer, split=split_of(memory))
 
 
 def _places(slots: int, x: Array, start: Array, new: Array) -> tuple[Array, Array]:

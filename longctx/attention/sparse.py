@@ -8,9 +8,11 @@ back. A query that may see no key gives 0.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from longctx.attention.intervals import attend, check_call, plan_drop, plan_hash
+from longctx.parallel.placement import placed_by_xla, split_of
 
 
 def overflow(keep: Bool[Array, "B T H"], capacity: int) -> Int[Array, "B H"]:
@@ -82,8 +84,12 @@ def hash_rows(x: Float[Array, "B T H D"], matrix: Float[Array, "H D N"]) -> Int[
     if matrix.shape[-1] == 0:
         return jnp.zeros(x.shape[:3], jnp.int32)
     x = jax.lax.stop_gradient(x)
-    along = jnp.einsum("bthd,hdn->bthn", x, matrix.astype(x.dtype))
-    return jnp.argmax(jnp.concatenate([along, -along], axis=-1), axis=-1).astype(jnp.int32)
+
+    def bucket(x: Array, matrix: Array) -> Array:
+        along = jnp.einsum("bthd,hdn->bthn", x, matrix.astype(x.dtype))
+        return jnp.argmax(jnp.concatenate([along, -along], axis=-1), axis=-1).astype(jnp.int32)
+
+    return placed_by_xla(bucket, x, matrix, split=P(*split_of(x)[:3]))
 
 
 def _check_rows(q: Float[Array, "B T H D"], **rows: Array) -> None:

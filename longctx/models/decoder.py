@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from longctx.models.config import ModelConfig, ParallelConfig, periods
@@ -18,10 +19,11 @@ from longctx.nn.linear import Embedding
 from longctx.nn.mlp import GLU, MLP
 from longctx.nn.norm import make_norm
 from longctx.nn.position import default_positions
-from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.nn.sharding import DEFAULT_AXES, Axes
 from longctx.nn.sparse import DropAttention, HashAttention, TiedAttention
 from longctx.nn.stack import Block, Mixer, Segment, Stack
 from longctx.nn.tensorized import TensorizedAttention
+from longctx.parallel.placement import place, placed_by_xla
 from pallas_kernels.lightning_attention import alibi_log_decay, printed_log_decay
 
 ONE_DEVICE = ParallelConfig()
@@ -96,8 +98,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B *T M"]) -> Float[Array, "B *T V"]:
         """Logits in float32."""
-        head = self.head().astype(hidden.dtype)
-        return jnp.einsum("...m,vm->...v", hidden, head, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, "...m,vm->...v", preferred_element_type=jnp.float32)
+        rows = [None] * (hidden.ndim - 2)
+        split = P(self.axes.batch, *rows, self.axes.tensor)
+        return placed_by_xla(product, hidden, self.head().astype(hidden.dtype), split=split)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """A cache for `batch` rows of up to `max_length` tokens, prompt and decoded ones.
@@ -120,9 +124,11 @@ class Decoder(nnx.Module):
         """
         hidden, new = self._hidden(tokens, cache, None, lengths=lengths)
         if lengths is None:
-            last = hidden[:, -1]
+            last = placed_by_xla(lambda x: x[:, -1], hidden, split=P(self.axes.batch))
         else:
-            last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+            take = functools.partial(jnp.take_along_axis, axis=1)
+            index = (lengths - 1)[:, None, None]
+            last = placed_by_xla(take, hidden, index, split=P(self.axes.batch))[:, 0]
         return self.logits(last), new
 
     def decode(self, token: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:

@@ -16,9 +16,10 @@ from longctx.nn.cache import Cache, check_cached_call, tokens_to_append
 from longctx.nn.linear import INIT_STD, Linear
 from longctx.nn.norm import RMSNorm
 from longctx.nn.position import NO_SCALING, RopeScaling, default_positions, rope_frequencies
-from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.nn.sharding import DEFAULT_AXES, Axes
 from longctx.parallel.context import Strategy, context_attention
 from longctx.parallel.layout import Kind, Layout
+from longctx.parallel.placement import place
 
 
 class SelfAttention(nnx.Module):

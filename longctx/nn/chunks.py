@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from longctx.nn.sharding import Axes, place
+from longctx.nn.sharding import Axes
 from longctx.parallel.mesh import sequence_axis
+from longctx.parallel.placement import place, place_explicit
 
 
 def in_chunks(
@@ -31,6 +33,9 @@ def in_chunks(
     local = length // shards
     if not 0 < chunk < local:
         return function(x, weights)
+    # No other axis may split what is cut into chunks.
+    rows = P(axes.batch, axes.seq if shards > 1 else None)
+    x = place_explicit(x, rows)
     padded = jnp.pad(
         x.reshape(batch, shards, local, width), ((0, 0),) * 2 + ((0, -local % chunk), (0, 0))
     )
@@ -42,7 +47,8 @@ def in_chunks(
     @jax.checkpoint
     def one(part: Float[Array, "B P C M"]) -> Float[Array, "B P C M"]:
         tokens = place(part.reshape(batch, shards * chunk, width), axes.hidden)
-        return function(tokens, jax.tree.map(_summed_in, wide, weights)).reshape(part.shape)
+        made = function(tokens, jax.tree.map(_summed_in, wide, weights))
+        return place_explicit(made, rows).reshape(part.shape)
 
     done = jnp.moveaxis(jax.lax.map(one, parts), 0, 2).reshape(padded.shape)
     return done[:, :, :local].reshape(x.shape)

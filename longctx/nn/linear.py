@@ -1,5 +1,6 @@
 """Dense projections and the token embedding."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -8,8 +9,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from longctx.nn.sharding import Axes, AxisNames, gather, parameter, place
+from longctx.nn.sharding import Axes, AxisNames, gather, parameter
 from longctx.nn.weights import Gathered, copies, cut_of
+from longctx.parallel.placement import place, placed_by_xla
 
 INIT_STD = 0.02  # normal(0, 0.02) for every weight: the TransNormerLLM authors' code
 
@@ -39,7 +41,7 @@ class Linear(nnx.Module):
         self.kept = P(*spec)
         self.used = P(*(None if name == axes.fsdp else name for name in spec))
         self.dtype = dtype
-        self.axis = axes.seq
+        self.axis, self.rows = axes.seq, (axes.batch, axes.seq)
         self.gathered: Gathered | None = nnx.data(None)  # by `gather_layers`
 
     def weight(self) -> Float[Array, "..."]:
@@ -59,7 +61,10 @@ class Linear(nnx.Module):
         weight = self.weight() if weight is None else weight
         if self.gathered is not None:
             return self.gathered.cut.product(x.astype(self.dtype), weight)
-        return jnp.tensordot(x.astype(self.dtype), weight, axes=1)
+        rows = (*self.rows, *[None] * x.ndim)[: x.ndim - 1]
+        product = functools.partial(jnp.tensordot, axes=1)
+        split = P(*rows, *self.used[1:])
+        return placed_by_xla(product, x.astype(self.dtype), weight, split=split)
 
 
 def gather_layers[M: nnx.Module](layers: M) -> M:
@@ -108,5 +113,7 @@ class Embedding(nnx.Module):
         few = index.size < self.table.shape[0]
         everyone = P(self.shared, None, self.axes.columns) if few else columns
         index = place(index, P(*everyone[:-1]))
-        rows = place(jnp.take(self.table[...], index, axis=0, mode="clip"), everyone)
+        look_up = functools.partial(jnp.take, axis=0, mode="clip")
+        rows = placed_by_xla(look_up, self.table[...], index, split=everyone)
+        rows = place(rows, everyone)
         return gather(rows.astype(self.dtype), everyone, columns)

@@ -1,4 +1,4 @@
-"""Mesh axis names of the modules, parameters that carry them, and placement on the mesh in use."""
+"""Mesh axis names of the modules, and parameters that carry them."""
 
 import dataclasses
 import functools
@@ -11,7 +11,8 @@ from flax.core import meta as linen_meta
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from longctx.parallel.mesh import fitting, mesh_axes
+from longctx.parallel.mesh import mesh_axes
+from longctx.parallel.placement import place
 
 type AxisName = str | None
 type AxisNames = AxisName | tuple[str, ...]
@@ -81,22 +82,6 @@ def parameter(
 ) -> nnx.Param[Array]:
     """A parameter that knows how it is split."""
     return nnx.Param(initializer(rngs.params(), tuple(shape), dtype), **split_over(spec))
-
-
-def place(x: Array, spec: P) -> Array:
-    """`x` split by `spec` over the Auto axes of the mesh in use; `x` itself without a mesh.
-
-    Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = set(mesh.auto_axes) - set(mesh.manual_axes)
-    if not free:
-        return x
-    sizes = {name: mesh.shape[name] for name in free}
-    spec = fitting(spec, x.shape, sizes)
-    if not isinstance(x, jax.core.Tracer):  # it may lie on one device, where no constraint helps
-        return jax.device_put(x, spec)
-    return jax.lax.with_sharding_constraint(x, spec)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -1,6 +1,7 @@
 """The decoder block, and stacks of blocks scanned over their repeats."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -13,9 +14,10 @@ from longctx.attention.slots import LayerSlots
 from longctx.nn.cache import Cache
 from longctx.nn.chunks import in_chunks
 from longctx.nn.linear import gather_layers
-from longctx.nn.sharding import DEFAULT_AXES, Axes, place
+from longctx.nn.sharding import DEFAULT_AXES, Axes
 from longctx.nn.weights import Gathered
 from longctx.parallel.lasp import INCOMING
+from longctx.parallel.placement import place, place_explicit, placed_by_xla, split_of
 
 type Remat = Literal["none", "block", "dots"]
 Gather = Literal["layer", "step"]
@@ -113,6 +115,7 @@ class Block(nnx.Module):
 
     def _join(self, x: Array, y: Array, fy: Array, weights: tuple[float, float]) -> Array:
         alpha, beta = weights
+        fy = place_explicit(fy, self.axes.hidden)
         return alpha * (y if self.post_norm else x) + beta * fy
 
 
@@ -275,7 +278,10 @@ def _put(stacked: Any, memory: Any, index: Int[Array, ""]) -> Any:
     def put(x: Array, new: Array | LayerSlots) -> Array:
         if isinstance(new, LayerSlots):
             return new.layers
-        return jax.lax.dynamic_update_index_in_dim(x, new, index, 0, allow_negative_indices=False)
+        update = functools.partial(
+            jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False
+        )
+        return placed_by_xla(update, x, new, index, split=split_of(x))
 
     return jax.tree.map(put, stacked, memory)
 

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from longctx.compiler import copies_between_memories
-from longctx.nn.sharding import place
 from longctx.parallel.mesh import fitting, mesh_axes
+from longctx.parallel.placement import place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.models import ParallelConfig, SoftmaxConfig, build
@@ -29,7 +29,7 @@ def batch():
     return tokens, targets, doc_start, token_positions(LENGTH, doc_start)
 
 
-def run(config, parallel=None, layout=None, **sizes):
+def run(config, parallel=None, layout=None, axis_type=AxisType.Auto, **sizes):
     """Loss, gradients and compiled program of one pass on the mesh of the given sizes."""
     graph, params, rest = nnx.split(tiny_model(config), nnx.Param, ...)
     arrays = batch()
@@ -47,7 +47,7 @@ def run(config, parallel=None, layout=None, **sizes):
     step = jax.jit(jax.value_and_grad(loss))
     if not sizes:
         return step(params, rest, *arrays), ""
-    mesh = make_mesh(**sizes)
+    mesh = make_mesh(axis_type=axis_type, **sizes)
     with jax.set_mesh(mesh):
         params, rest = (
             jax.device_put(state, nnx.get_named_sharding(state, mesh)) for state in (params, rest)
@@ -84,6 +84,16 @@ def test_all_axes_and_the_zigzag_layout_equal_one_device(fsdp_over_seq, gather):
     parallel = ParallelConfig("ring", layout="zigzag", fsdp_over_seq=fsdp_over_seq, gather=gather)
     config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, chunk=5))
     got, _ = run(config, parallel, Layout("zigzag", 2), fsdp=2, seq=2, tensor=2)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "gpt2"])
+def test_explicit_axes_equal_one_device(name):
+    config = dataclasses.replace(CONFIGS[name], num_layers=2, remat="block")
+    want, _ = run(config)
+    config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, chunk=5))
+    sizes = {"fsdp": 2, "seq": 2, "tensor": 2}
+    got, _ = run(config, axis_type=AxisType.Explicit, **sizes)
     assert_close(got, want, 1e-5)
 
 

@@ -1,0 +1,64 @@
+"""How arrays are split over the mesh in use: over Auto axes by XLA, over Explicit ones by type."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from longctx.parallel.mesh import fitting
+
+
+def place(x: Array, spec: P) -> Array:
+    """`x` split by `spec` over the axes of the mesh in use; `x` itself without a mesh.
+
+    Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
+    """
+    x = place_explicit(x, spec)
+    free = _free(jax.sharding.get_abstract_mesh().auto_axes)
+    if not free:
+        return x
+    spec = fitting(spec, x.shape, free)
+    if not isinstance(x, jax.core.Tracer):  # it may lie on one device, where no constraint helps
+        return jax.device_put(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def place_explicit(x: Array, spec: P) -> Array:
+    """`x` split by `spec` over the Explicit axes of the mesh in use, where operations want it so.
+
+    What they make of it over Auto axes XLA finds out by itself.
+    """
+    explicit = _free(jax.sharding.get_abstract_mesh().explicit_axes)
+    return jax.sharding.reshard(x, fitting(spec, x.shape, explicit)) if explicit else x
+
+
+def placed_by_xla(function: Callable[..., Array], *args: Array, split: P) -> Array:
+    """`function(*args)`, a product or a look-up; split by `split` where mesh axes are Explicit.
+
+    There JAX asks how a result is split whose operands are split along what is summed over.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = _free(mesh.explicit_axes)
+    if not explicit:
+        return function(*args)
+    args = tuple(place_explicit(x, split_of(x)) for x in args)  # also those from before the mesh
+    automatic = mesh.update_axis_types(dict.fromkeys(explicit, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(automatic):
+        plain = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
+        spec = fitting(split, jax.eval_shape(function, *plain).shape, explicit)
+    run = jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=spec)
+    return cast(Callable[..., Array], run)(*args)
+
+
+def split_of(x: Array) -> P:
+    """How `x` is split over Explicit axes."""
+    return jax.typeof(x).sharding.spec
+
+
+def _free(axes: Sequence[str]) -> dict[str, int]:
+    """Sizes of those of the mesh axes that are not manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in axes if name not in mesh.manual_axes}
