@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from longctx.attention.rows import count_earlier, invert, look_up, move, of_code
+from longctx.parallel.shards import check_doc_start
 from pallas_kernels.flash_attention import flash_attention
 
 TILE_ROWS = 384  # a multiple of every GPU kernel's tile of queries, of 128 and of 192 rows
@@ -45,11 +46,7 @@ def check_call(q: Array, k: Array, v: Array, doc_start: Int[Array, "B T"] | None
     """Raise ValueError if an axis is empty or doc_start is not one integer per token."""
     if 0 in (*q.shape, *k.shape, *v.shape):
         raise ValueError(f"no axis may be empty: q {q.shape}, k {k.shape}, v {v.shape}")
-    if doc_start is None:
-        return
-    if doc_start.shape != q.shape[:2] or not jnp.issubdtype(doc_start.dtype, jnp.integer):
-        got = f"{doc_start.dtype} {doc_start.shape}"
-        raise ValueError(f"doc_start must be integer [B, T] = {q.shape[:2]}, got {got}")
+    check_doc_start(doc_start, q.shape[:2])
 
 
 def attend(

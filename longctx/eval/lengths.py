@@ -10,7 +10,7 @@ from rich.progress import track
 from rich.table import Table
 
 from longctx.data.pipeline import load_corpus
-from longctx.errors import UserError
+from longctx.errors import UserError, told_as
 from longctx.eval.score import Score, make_scorer
 from longctx.figures import length_axis, tidy
 from longctx.parallel.mesh import MeshConfig, make_mesh
@@ -42,10 +42,8 @@ def evaluate(
       DataError: the held-out text is shorter than the largest length.
       ValueError: a length does not divide the largest.
     """
-    try:
+    with told_as(UserError):
         device_mesh = make_mesh(mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
         config = loaded.config

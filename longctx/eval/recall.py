@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from longctx.errors import UserError
+from longctx.errors import UserError, told_as
 from longctx.figures import length_axis, tidy
 from longctx.models import ModelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
@@ -111,10 +111,8 @@ def evaluate_tasks(
     unknown = sorted(set(names) - set(TASKS))
     if unknown:
         raise UserError(f"unknown tasks {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    try:
+    with told_as(UserError):
         device_mesh = make_mesh(mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     with jax.set_mesh(device_mesh):
         loaded = load_run(run, device_mesh)
         codec = TextCodec.named(loaded.config.data.tokenizer)
@@ -161,10 +159,8 @@ def _check(cell: Cell, model: ModelConfig) -> None:
             f"{cell.task.vocab_size}"
         )
     model.check_length(cell.length)
-    try:
+    with told_as(UserError, where=f"task {cell.name}"):
         next(episodes(cell.task, length=cell.length))
-    except ValueError as error:
-        raise UserError(f"task {cell.name}: {error}") from error
 
 
 def _scores(answerer: Answerer, grid: Sequence[Cell], count: int) -> Iterator[Row]:

@@ -22,8 +22,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The model that a config.json describes.
 
     Raises:
-      UserError: another architecture, a setting that is missing, or one that ours lacks; nothing
-        is dropped silently.
+      UserError: another architecture, a setting that is missing or has a wrong type, or one that
+        ours lacks; nothing is dropped silently.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -35,6 +35,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(
             f"model_type={kind!r} needs the setting {error}, which is missing"
         ) from error
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"a setting of model_type={kind!r} has a wrong type: {error}") from error
 
 
 def to_hf(model: ModelConfig, max_length: int) -> dict[str, Any]:

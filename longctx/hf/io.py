@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from longctx.errors import UserError
+from longctx.errors import UserError, told_as
 from longctx.hf.architectures import from_hf, sources, to_hf
 from longctx.hf.recipe import Source
 from longctx.models import ModelConfig, build
@@ -114,10 +114,8 @@ def read_hf_config(folder: pathlib.Path) -> ModelConfig:
     if not path.is_file():
         raise UserError(f"{folder} has no config.json")
     described = _read_json(path)
-    try:
+    with told_as(UserError, where=str(path)):
         return from_hf(described)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def load_hf(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from longctx.attention.slots import LayerSlots
 from longctx.parallel.mesh import sequence_axis
+from longctx.parallel.shards import check_doc_start
 
 
 @jax.tree_util.register_dataclass
@@ -42,8 +43,7 @@ def check_cached_call(
         raise ValueError("doc_start cannot be given with a cache: a cached row is one document")
     if lengths is not None and lengths.shape != x.shape[:1]:
         raise ValueError(f"lengths must be [B] = {x.shape[:1]}, got {lengths.shape}")
-    if doc_start is not None and doc_start.shape != x.shape[:2]:
-        raise ValueError(f"doc_start must be [B, T] = {x.shape[:2]}, got {doc_start.shape}")
+    check_doc_start(doc_start, x.shape[:2])
 
 
 def tokens_to_append(

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -15,7 +14,7 @@ from longctx.parallel.hardware import hardware_in_use
 from longctx.parallel.layout import Kind, Layout, as_layout
 from longctx.parallel.mesh import BATCH, free_size, sequence_axis, shard_operator
 from longctx.parallel.ring import ring_attention
-from longctx.parallel.shards import Shards
+from longctx.parallel.shards import Shards, check_doc_start
 from longctx.parallel.ulysses import (
     copied_heads,
     kv_copies,
@@ -108,13 +107,7 @@ def context_attention(
         )
     if q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must be equally wide, got {q.shape[3]} and {k.shape[3]}")
-    if doc_start is not None and (
-        doc_start.shape != q.shape[:2] or not jnp.issubdtype(doc_start.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"doc_start must be integer, [B, T] = {q.shape[:2]}, got {doc_start.dtype}, "
-            f"{doc_start.shape}"
-        )
+    check_doc_start(doc_start, q.shape[:2])
     # Raises what kernels would, before the first collective.
     window = make_spec(q, k, v, None, causal, window, 0, scale, soft_cap).window
     check_name(backend, BACKENDS)
@@ -147,7 +140,7 @@ def context_attention(
             causal=causal,
             window=window,
             itemsize=q.dtype.itemsize,
-            hardware=hardware_in_use(),
+            hardware=hardware_in_use(head_axis),
         ).strategy
     elif devices > 1:
         reason = cost.refusal(strategy, layout, devices, heads, kv_heads)

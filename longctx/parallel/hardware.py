@@ -67,14 +67,15 @@ def hardware_of(kind: str) -> Hardware | None:
     return next((hardware for part, hardware in HARDWARE.items() if part in kind), None)
 
 
-def hardware_in_use() -> Hardware:
+def hardware_in_use(head_axis: str | None) -> Hardware:
     """That of the mesh in use; H100 for devices not in the table, so that "auto" is the same.
 
-    Devices along `tensor` are closer than those along `seq`, and share an island with them.
+    Devices along `head_axis` are closer than those along the sequence, and share an island with
+    them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     found = None if device is None else hardware_of(device.device_kind)
     found = found or HARDWARE["H100"]
-    inner = mesh.shape.get("tensor", 1)
+    inner = 1 if head_axis is None else mesh.shape.get(head_axis, 1)
     return dataclasses.replace(found, island=max(1, found.island // inner))

@@ -106,6 +106,15 @@ class Shards:
         return {"lo": lo, "hi": hi}
 
 
+def check_doc_start(doc_start: Array | None, tokens: tuple[int, ...]) -> None:
+    """Raise ValueError unless `doc_start` is one integer for each of `tokens` = (B, T), or None."""
+    if doc_start is None:
+        return
+    if doc_start.shape != tokens or not jnp.issubdtype(doc_start.dtype, jnp.integer):
+        got = f"{doc_start.dtype} {doc_start.shape}"
+        raise ValueError(f"doc_start must be integer [B, T] = {tokens}, got {got}")
+
+
 def pack(a: jax.Array, b: jax.Array) -> jax.Array:
     """Two arrays that differ in their last axis only, as one buffer: one message, not two."""
     return jnp.concatenate([a, b], -1)

@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from longctx.cli import parse
-from longctx.errors import UserError
+from longctx.errors import UserError, told_as
 from longctx.reproduce.many import reproduce as measure
 
 
@@ -45,10 +45,8 @@ def reproduce(arguments: Sequence[str]) -> None:
     files = sorted(experiment_files(Path("experiments"))) if options.all else options.files
     if not files:
         raise UserError(f"--all: {Path('experiments').absolute()} has no experiments")
-    try:
+    with told_as(UserError):
         measure(files, options.scale, options.out, options.jobs, options.gpus)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def experiment_files(root: Path) -> list[Path]:

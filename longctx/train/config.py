@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from longctx.data.config import DataConfig
-from longctx.errors import UserError
+from longctx.errors import UserError, told_as
 from longctx.models import ModelConfig
 from longctx.models.config import ParallelConfig
 from longctx.parallel.layout import as_layout
@@ -233,7 +233,5 @@ def read_config(out: pathlib.Path) -> RunConfig:
     path = out / CONFIG_FILE
     if not path.is_file():
         raise RunError(f"{out} is not a run: it has no {CONFIG_FILE}")
-    try:
+    with told_as(RunError, where=f"{path} cannot be read"):
         return from_json(RunConfig, json.loads(path.read_text()))
-    except ValueError as error:
-        raise RunError(f"{path} cannot be read: {error}") from error

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from longctx.data.config import DataConfig
+from longctx.errors import told_as
 from longctx.hf import is_hf_folder, load_hf, read_hf_config, save_hf
 from longctx.models.layers import by_layer, put_layers
 from longctx.parallel.mesh import make_mesh
@@ -93,10 +94,8 @@ def begin_with(
         loaded = load_run(source, mesh)
         model, params = loaded.config.model, loaded.params
     given = by_layer(model, params)
-    try:
+    with told_as(RunError, where=f"cannot begin with {source}"):
         taken = put_layers(config.model, state.params, given)
-    except ValueError as error:
-        raise RunError(f"cannot begin with {source}: {error}") from error
     own = by_layer(config.model, state.params)
     fresh = [".".join(map(str, path)) for path in own if path not in given]
     return dataclasses.replace(state, params=taken), fresh

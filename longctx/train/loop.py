@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from longctx.data.episodes import Episodes
 from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus, train_batches
+from longctx.errors import told_as
 from longctx.eval.score import make_scorer
 from longctx.launch import is_primary, say
 from longctx.parallel.mesh import batch_share, make_mesh
@@ -43,10 +44,8 @@ def train(config: RunConfig, out: pathlib.Path) -> None:
         is not finite, or the model, the mesh or the step cannot be built.
       SystemExit: a signal asked the run to stop; everything is saved.
     """
-    try:
+    with told_as(RunError, TypeError):  # a rule of the mesh or of some module
         mesh, graph = make_mesh(config.mesh), model_graph(config)
-    except (ValueError, TypeError) as error:  # a rule of the mesh or of some module
-        raise RunError(str(error)) from error
     with jax.set_mesh(mesh), StopSignal() as stop:
         run = _Run(config, out, mesh, graph)
         try:
@@ -115,10 +114,8 @@ class _Run:
             self._profiler.before(step)
             batch = next(self._batches)
             batch_on_mesh = put_batch(batch, self._mesh, self._config.parallel.token_layout)
-            try:
+            with told_as(RunError):  # a rule of some operator, found as the step is traced
                 self.state, metrics = advance(self.state, batch_on_mesh)
-            except ValueError as error:  # a rule of some operator, found as the step is traced
-                raise RunError(str(error)) from error
             self._meter.push(step, metrics, batch["index"])
             self._profiler.after(step, metrics)
             if step == train.steps or (every and step % every == 0):

@@ -138,6 +138,9 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
         (to_hf(LLAMA, 8) | {"rope_parameters": {"rope_type": "linear"}}, "setting 'factor'"),
         (to_hf(MINIMAX, 8) | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (to_hf(TNL, 8) | {"linear_use_lrpe_list": [0, 1, 0, 0]}, "linear_use_lrpe_list"),
+        (to_hf(LLAMA, 8) | {"hidden_size": "64"}, "'llama' has a wrong type: .*str"),
+        (to_hf(LLAMA, 8) | {"rope_parameters": [1]}, "'llama' has a wrong type: .*list"),
+        (to_hf(MINIMAX, 8) | {"num_hidden_layers": None}, "has a wrong type"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(config, message):

@@ -164,7 +164,7 @@ def test_a_module_made_before_the_mesh_is_called_under_it():
         ),
         (
             lambda: softmax()(X, doc_start=jnp.zeros((B, 1), jnp.int32)),
-            r"doc_start must be \[B, T\]",
+            r"doc_start must be integer \[B, T\]",
         ),
         (
             lambda: softmax()(X, softmax().init_cache(B, T), lengths=jnp.ones(1, jnp.int32)),
