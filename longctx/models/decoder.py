@@ -23,7 +23,7 @@ from longctx.nn.sharding import DEFAULT_AXES, Axes
 from longctx.nn.sparse import DropAttention, HashAttention, TiedAttention
 from longctx.nn.stack import Block, Mixer, Segment, Stack
 from longctx.nn.tensorized import TensorizedAttention
-from longctx.parallel.placement import place, placed_by_xla
+from longctx.parallel.placement import place, placed_by_xla, spread
 from pallas_kernels.lightning_attention import alibi_log_decay, printed_log_decay
 
 ONE_DEVICE = ParallelConfig()
@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.width)
         if self.position_table is not None:
-            x = x + jnp.broadcast_to(self.position_table(positions), x.shape)
+            x = x + spread(self.position_table(positions), x)
         x = place(x, self.axes.hidden)
         x, cache = self.stack(x, cache, positions=positions, doc_start=doc_start, lengths=lengths)
         return self.final_norm(x), cache

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from longctx.nn.sharding import parameter
+from longctx.parallel.placement import spread
 
 type NormKind = Literal["srms", "rms", "layer"]
 
@@ -41,7 +42,7 @@ class RMSNorm(SRMSNorm):
         self.weight = parameter(jax.nn.initializers.ones, (width,), param_dtype, (None,), rngs)
 
     def _normalise(self, x: Float[Array, "*rows M"]) -> Float[Array, "*rows M"]:
-        return super()._normalise(x) * jnp.broadcast_to(self.weight[...], x.shape)
+        return super()._normalise(x) * spread(self.weight[...], x)
 
 
 class LayerNorm(RMSNorm):
@@ -60,7 +61,7 @@ class LayerNorm(RMSNorm):
 
     def _normalise(self, x: Float[Array, "*rows M"]) -> Float[Array, "*rows M"]:
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        return super()._normalise(centred) + jnp.broadcast_to(self.bias[...], x.shape)
+        return super()._normalise(centred) + spread(self.bias[...], x)
 
 
 def make_norm(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -51,6 +52,16 @@ def placed_by_xla(function: Callable[..., Array], *args: Array, split: P) -> Arr
         spec = fitting(split, jax.eval_shape(function, *plain).shape, explicit)
     run = jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=spec)
     return cast(Callable[..., Array], run)(*args)
+
+
+def spread(x: Array, like: Array) -> Array:
+    """`x` broadcast to the shape of `like`, and split as that is over Explicit axes.
+
+    There its gradient is summed on each device first; it would be gathered to be summed.
+    """
+    explicit = _free(jax.sharding.get_abstract_mesh().explicit_axes)
+    split = fitting(split_of(like), like.shape, explicit) if explicit else None
+    return jnp.broadcast_to(x, like.shape, out_sharding=split)
 
 
 def split_of(x: Array) -> P:

@@ -64,11 +64,19 @@ def gathered_shapes(program):
     ]
 
 
-@pytest.mark.parametrize("name", ["tnl", "transformer"])
-def test_data_and_fsdp_equal_one_device(name):
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [
+        ("tnl", AxisType.Auto),
+        ("transformer", AxisType.Auto),
+        ("transformer", AxisType.Explicit),
+        ("gpt2", AxisType.Explicit),
+    ],
+)
+def test_data_and_fsdp_equal_one_device(name, axis_type):
     config = CONFIGS[name]
     want, _ = run(config)
-    got, program = run(config, data=2, fsdp=4)
+    got, program = run(config, axis_type=axis_type, data=2, fsdp=4)
     assert_close(got, want, 1e-5)
     gathered = gathered_shapes(program)
     assert gathered, "fsdp gathers weights"
@@ -87,9 +95,8 @@ def test_all_axes_and_the_zigzag_layout_equal_one_device(fsdp_over_seq, gather):
     assert_close(got, want, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "gpt2"])
-def test_explicit_axes_equal_one_device(name):
-    config = dataclasses.replace(CONFIGS[name], num_layers=2, remat="block")
+def test_explicit_axes_equal_one_device():
+    config = dataclasses.replace(CONFIGS["hybrid"], num_layers=2, remat="block")
     want, _ = run(config)
     config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, chunk=5))
     sizes = {"fsdp": 2, "seq": 2, "tensor": 2}
