@@ -1,4 +1,4 @@
-"""The one kind of error that the command line shows without a traceback."""
+"""The errors that the command line shows without a traceback."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 class UserError(ValueError):
     """Something that the person who started the command can mend; the message says how."""
+
+
+class RunError(UserError):
+    """A run cannot start or go on; the message says where it stands."""
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longctx.provenance import read_rows, write_rows
-from longctx.train.checkpoint import CHECKPOINTS
 from longctx.train.config import RunConfig
+from longctx.train.directory import CHECKPOINTS
 from longctx.train.loop import train
 from longctx.train.metrics import held_out_curve, read_metrics
 from longctx.train.serialize import to_json

@@ -7,12 +7,9 @@ import grain
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from longctx.errors import RunError
 from longctx.launch import say
-from longctx.train.config import RunError
 from longctx.train.step import TrainState
-
-# Where a run's directory has them.
-CHECKPOINTS = "checkpoints"
 
 # Orbax writes a checkpoint under a name with this mark and renames it when all of it is on disk.
 UNFINISHED = ".orbax-checkpoint-tmp"

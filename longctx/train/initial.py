@@ -7,15 +7,15 @@ import jax
 from jax.sharding import Mesh
 
 from longctx.data.config import DataConfig
-from longctx.errors import told_as
+from longctx.errors import RunError, told_as
 from longctx.hf import is_hf_folder, load_hf, read_hf_config, save_hf
 from longctx.models.layers import by_layer, put_layers
 from longctx.parallel.mesh import make_mesh
-from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
-from longctx.train.config import (
+from longctx.train.checkpoint import Checkpoints
+from longctx.train.config import RunConfig
+from longctx.train.directory import (
+    CHECKPOINTS,
     CONFIG_FILE,
-    RunConfig,
-    RunError,
     check_directory,
     newest_step,
     read_config,

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from longctx.data.episodes import Episodes
 from longctx.data.packing import Corpus
 from longctx.data.pipeline import load_corpus, train_batches
-from longctx.errors import told_as
+from longctx.errors import RunError, told_as
 from longctx.eval.score import make_scorer
 from longctx.launch import is_primary, say
 from longctx.parallel.mesh import batch_share, make_mesh
-from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
-from longctx.train.config import RunConfig, RunError, check_directory, write_config
+from longctx.train.checkpoint import Checkpoints
+from longctx.train.config import RunConfig
+from longctx.train.directory import CHECKPOINTS, check_directory, write_config
 from longctx.train.initial import begin_with
 from longctx.train.meter import Meter
 from longctx.train.metrics import Record, Sink, forget_after, open_sinks

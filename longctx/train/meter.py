@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from longctx.errors import RunError
 from longctx.train.checkpoint import Checkpoints
-from longctx.train.config import RunConfig, RunError
+from longctx.train.config import RunConfig
 from longctx.train.flops import device_peak, step_flops
 from longctx.train.metrics import Record, Sink
 from longctx.train.step import Metrics

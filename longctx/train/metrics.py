@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
-from longctx.train.config import RunError, Tracker
+from longctx.errors import RunError
+from longctx.train.config import Tracker
 
 type Record = dict[str, float | int | None]  # `step` and numbers by name
 

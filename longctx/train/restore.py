@@ -6,10 +6,12 @@ import pathlib
 from flax import nnx
 from jax.sharding import Mesh
 
+from longctx.errors import RunError
 from longctx.models import Decoder
 from longctx.parallel.mesh import make_mesh
-from longctx.train.checkpoint import CHECKPOINTS, Checkpoints
-from longctx.train.config import RunConfig, RunError, read_config
+from longctx.train.checkpoint import Checkpoints
+from longctx.train.config import RunConfig
+from longctx.train.directory import CHECKPOINTS, read_config
 from longctx.train.step import abstract_state, model_graph
 
 

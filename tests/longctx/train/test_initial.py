@@ -8,19 +8,13 @@ import pytest
 
 from longctx.cli import main
 from longctx.data.config import DataConfig
-from longctx.errors import UserError
+from longctx.errors import RunError, UserError
 from longctx.models import MODELS, LightningConfig, MlpConfig, SoftmaxConfig
 from longctx.models.layers import by_layer
 from longctx.parallel.mesh import make_mesh
 from longctx.provenance import read_rows
-from longctx.train.config import (
-    EvalConfig,
-    OptimConfig,
-    RunConfig,
-    RunError,
-    TrainConfig,
-    read_config,
-)
+from longctx.train.config import EvalConfig, OptimConfig, RunConfig, TrainConfig
+from longctx.train.directory import read_config
 from longctx.train.initial import begin_with, run_from_hf, run_to_hf
 from longctx.train.loop import train
 from longctx.train.restore import load_run

@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from longctx.errors import RunError
 from longctx.models import ParallelConfig
 from longctx.parallel.mesh import MeshConfig, make_mesh
 from longctx.train import loop
-from longctx.train.config import RunError, read_config
+from longctx.train.directory import read_config
 from longctx.train.loop import train
 from longctx.train.metrics import read_metrics
 from longctx.train.restore import load_run

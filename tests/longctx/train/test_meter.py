@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from longctx.train.config import RunError
+from longctx.errors import RunError
 from longctx.train.meter import Meter
 from longctx.train.metrics import (
     JsonLines,
