@@ -1,13 +1,16 @@
 """The benchmark of sparse attention: its arms in their order, and the plan of its general sort."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import sparse
 from experiments.bench.sparse import arms, claims, plan_by_sort
 from longctx.attention.intervals import plan_hash
+from longctx.provenance import read_rows
 
 
 def test_arms_with_targets_come_first():
@@ -35,3 +38,17 @@ def test_a_general_sort_makes_the_same_plan():
         if name in ("lo", "hi"):
             a, b = jnp.where(full, a, 0), jnp.where(full, b, 0)
         np.testing.assert_array_equal(a, b, name)
+
+
+def test_rows_of_the_chosen_operators_are_written(tmp_path, monkeypatch):
+    given = f"sparse --lengths 128 --tokens 256 --only 0.5 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", given.split())
+    sparse.main()
+    (path,) = tmp_path.iterdir()
+    assert path.name == "sparse_128_0_5.jsonl"
+    dense, dropped = read_rows(path)
+    assert (dense["operator"], dropped["operator"]) == ("our dense", "drop 0.5")
+    assert (dropped["batch"], dropped["length"]) == (2, 128)
+    for name in ("forward", "forward_backward"):
+        ratio = dense[f"{name}_ms"] / dropped[f"{name}_ms"]
+        np.testing.assert_allclose(dropped[f"speedup_{name}"], ratio)

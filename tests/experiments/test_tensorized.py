@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.bench import prefill
+from experiments.bench import prefill, tensorized
 from experiments.tensorized.base import by_length, by_place
 from longctx.data.pipeline import load_corpus, stack
 from longctx.eval.nll import MODEL_FIELDS, token_nll
@@ -117,3 +117,17 @@ def test_prefill_benchmark(tmp_path, monkeypatch, capsys):
     assert (
         all(r["forward_ms"] > 0 for r in rows) and "dense / mixed radix" in capsys.readouterr().out
     )
+
+
+def test_speed_of_the_operator_is_written(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    given = f"tensorized --dims 8 4 --heads 2 --kv-heads 1 --width 16 --out {out}"
+    monkeypatch.setattr(sys, "argv", given.split())
+    tensorized.main()
+    first, plain = read_rows(out)
+    assert first["operator"] == "mixed radix, bias and RoPE"
+    assert (plain["operator"], plain["length"]) == ("mixed radix, plain", 32)
+    for name in ("forward", "forward_backward"):
+        assert first[f"speedup_{name}"] == 1
+        ratio = first[f"{name}_ms"] / plain[f"{name}_ms"]
+        np.testing.assert_allclose(plain[f"speedup_{name}"], ratio)
