@@ -19,7 +19,8 @@ class Meter:
     """Takes the metrics of every step while the device already works on the next.
 
     Each record is the mean loss since the record before. The first step after a start is left
-    out of the speed, since it contains the compilation.
+    out of the speed, since it contains the compilation. What is left of the run is reckoned by all
+    that passed since that step, evaluation and saving included.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Meter:
         self._losses: list[float] = []
         self._timed_steps = 0
         self._clock: float | None = None
+        self._first: tuple[int, float] | None = None  # step since the start, and when it was done
 
     def push(self, step: int, metrics: Metrics, index: np.ndarray) -> None:
         """Hand over the unfetched metrics of `step` and its batch's window numbers."""
@@ -57,6 +59,8 @@ class Meter:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise RunError(self._explain(step, values, index))
         self._losses.append(values["loss"])
+        if self._first is None:
+            self._first = step, time.perf_counter()
         if self._clock is None:
             self._clock = time.perf_counter()
         else:
@@ -86,8 +90,11 @@ class Meter:
                 "tokens_per_second": self._config.tokens_per_step / seconds,
                 "model_tflops_per_second": flops / 1e12,
                 "mfu": None if self._peak is None else flops / self._peak,
-                "eta_seconds": seconds * (self._config.train.steps - step),
             }
+        if self._first is not None and step > self._first[0]:
+            first, then = self._first
+            left = self._config.train.steps - step
+            record["eta_seconds"] = (now - then) / (step - first) * left
         self._losses, self._timed_steps, self._clock = [], 0, now
         for sink in self._sinks:
             sink.write(record)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from longctx.errors import RunError
+from longctx.train import meter as meter_module
 from longctx.train.meter import Meter
 from longctx.train.metrics import (
     JsonLines,
@@ -41,6 +43,23 @@ class Kept:
 def metrics(loss, grad_norm=1.0):
     values = {"loss": loss, "grad_norm": grad_norm, "learning_rate": 0.1}
     return {name: np.float32(value) for name, value in values.items()}
+
+
+def test_pauses_count_for_what_is_left_but_not_for_the_speed(monkeypatch):
+    clock = itertools.count()  # a second between two looks at it
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: float(next(clock)))
+    kept, config = Kept(), tiny_run("", steps=10, log_every=2)
+    meter = Meter(config, 0.5, [kept], Saved(None))
+    for step in range(1, 5):
+        meter.push(step, metrics(1.0), np.arange(2))
+        if step == 2:
+            meter.pause()
+            for _ in range(100):  # an evaluation
+                next(clock)
+    meter.flush()
+    before, after = kept.records
+    assert before["eta_seconds"] < 8 * 5 and 6 * 30 < after["eta_seconds"] < 6 * 40
+    assert after["tokens_per_second"] > config.tokens_per_step / 5
 
 
 def test_records_are_means_written_one_step_late():
