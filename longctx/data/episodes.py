@@ -11,6 +11,7 @@ import numpy as np
 
 from longctx.data.config import DataConfig, DataError, Split
 from longctx.data.packing import Example
+from longctx.errors import told_as
 from longctx.tasks import Task, TextCodec, named_task
 from longctx.tasks.episode import episode_at
 
@@ -76,10 +77,8 @@ def load_episodes(config: DataConfig, split: Split, *, vocab_size: int) -> Episo
     """
     name = config.source.removeprefix(PREFIX)
     codec = TextCodec.named(config.tokenizer)
-    try:
+    with told_as(DataError, where=f"data.source={config.source}"):
         sources = tuple(Source.named(one, codec) for one in name.split("+"))
-    except ValueError as error:
-        raise DataError(f"data.source={config.source}: {error}") from error
     needed = max(source.task.vocab_size for source in sources)
     if needed > vocab_size:
         raise DataError(
@@ -99,15 +98,13 @@ class EpisodeRows:
         self._sources = episodes.sources
         self._seed, self._split = episodes.seed, "train" if episodes.split == "train" else "test"
         self._length = length
-        try:
+        with told_as(DataError, where=f"data.source={PREFIX}{episodes.name}"):
             for index, source in enumerate(self._sources):
                 if (source.length or 0) > length:
                     raise ValueError(
                         f"episodes of {source.length} tokens must fit in sequences of {length}"
                     )
                 self[index]
-        except ValueError as error:
-            raise DataError(f"data.source={PREFIX}{episodes.name}: {error}") from error
 
     def __len__(self) -> int:
         return EPISODES

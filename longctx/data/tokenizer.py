@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from longctx.data.config import DataError
+from longctx.errors import told_as
 
 # Tokens that tokenizer.json files use for the boundary between documents, the likeliest first.
 BOUNDARY_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<s>", "<eos>")
@@ -58,10 +59,8 @@ class FileTokenizer:
             ) from None
         if not pathlib.Path(path).is_file():
             raise DataError(f"data.tokenizer={path} is neither 'bytes' nor an existing file")
-        try:
+        with told_as(DataError, where=f"data.tokenizer={path} is not a tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(pathlib.Path(path).read_bytes())
-        except ValueError as error:
-            raise DataError(f"data.tokenizer={path} is not a tokenizer.json: {error}") from error
         # Identifiers may have gaps, so the count is not the size that the embedding needs.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         found = [self._tokenizer.token_to_id(name) for name in BOUNDARY_NAMES]

@@ -85,10 +85,8 @@ def _tensor_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
+    with told_as(UserError, where=f"{path} is not JSON"):  # nor are bytes that are not UTF-8
         found = json.loads(path.read_text())
-    except ValueError as error:  # also bytes that are not UTF-8
-        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(found).__name__}")
     return found

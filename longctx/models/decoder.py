@@ -99,8 +99,7 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "B *T M"]) -> Float[Array, "B *T V"]:
         """Logits in float32."""
         product = functools.partial(jnp.einsum, "...m,vm->...v", preferred_element_type=jnp.float32)
-        rows = (self.axes.batch, self.axes.seq)[: hidden.ndim - 1]
-        split = P(*rows, self.axes.tensor)
+        split = P(*self.axes.rows(hidden.ndim - 1), self.axes.tensor)
         return placed_by_xla(product, hidden, self.head().astype(hidden.dtype), split=split)
 
     def init_cache(self, batch: int, max_length: int) -> Cache:

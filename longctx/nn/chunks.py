@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from longctx.nn.sharding import Axes
-from longctx.parallel.mesh import sequence_axis
-from longctx.parallel.placement import place, place_explicit
+from longctx.parallel.mesh import place_explicit, sequence_axis
+from longctx.parallel.placement import place
 
 
 def in_chunks(

@@ -41,7 +41,7 @@ class Linear(nnx.Module):
         self.kept = P(*spec)
         self.used = P(*(None if name == axes.fsdp else name for name in spec))
         self.dtype = dtype
-        self.axis, self.rows = axes.seq, (axes.batch, axes.seq)
+        self.axes = axes
         self.gathered: Gathered | None = nnx.data(None)  # by `gather_layers`
 
     def weight(self) -> Float[Array, "..."]:
@@ -61,9 +61,8 @@ class Linear(nnx.Module):
         weight = self.weight() if weight is None else weight
         if self.gathered is not None:
             return self.gathered.cut.product(x.astype(self.dtype), weight)
-        rows = (*self.rows, *[None] * x.ndim)[: x.ndim - 1]
         product = functools.partial(jnp.tensordot, axes=1)
-        split = P(*rows, *self.used[1:])
+        split = P(*self.axes.rows(x.ndim - 1), *self.used[1:])
         return placed_by_xla(product, x.astype(self.dtype), weight, split=split)
 
 
@@ -72,7 +71,7 @@ def gather_layers[M: nnx.Module](layers: M) -> M:
     copy = nnx.clone(layers)
     for _, part in nnx.iter_modules(copy):
         if isinstance(part, Linear):
-            cut = cut_of(part.kernel.shape[1:], part.kept, part.used, part.axis)
+            cut = cut_of(part.kernel.shape[1:], part.kept, part.used, part.axes.seq)
             if cut is not None:
                 # XLA would gather parameters, and round them in every layer.
                 rounded = jax.lax.optimization_barrier(part.kernel[...].astype(part.dtype))
@@ -114,6 +113,5 @@ class Embedding(nnx.Module):
         everyone = P(self.shared, None, self.axes.columns) if few else columns
         index = place(index, P(*everyone[:-1]))
         look_up = functools.partial(jnp.take, axis=0, mode="clip")
-        rows = placed_by_xla(look_up, self.table[...], index, split=everyone)
-        rows = place(rows, everyone)
+        rows = place(placed_by_xla(look_up, self.table[...], index, split=everyone), everyone)
         return gather(rows.astype(self.dtype), everyone, columns)

@@ -42,6 +42,10 @@ class Axes:
         """The axes that split an embedding's columns: of `fsdp` those that do not split time."""
         return tuple(name for name in mesh_axes(self.fsdp) if name != self.seq)
 
+    def rows(self, count: int) -> tuple[AxisNames, ...]:
+        """How the first `count` axes of activations are split: batch, time, no further one."""
+        return (self.batch, self.seq, *(None,) * count)[:count]
+
     def with_parameters_over_seq(self) -> "Axes":
         """The same, with the parameters of projections split over `seq`, too."""
         return dataclasses.replace(self, fsdp=self.columns + mesh_axes(self.seq))

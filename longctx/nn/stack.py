@@ -17,7 +17,8 @@ from longctx.nn.linear import gather_layers
 from longctx.nn.sharding import DEFAULT_AXES, Axes
 from longctx.nn.weights import Gathered
 from longctx.parallel.lasp import INCOMING
-from longctx.parallel.placement import place, place_explicit, placed_by_xla, split_of
+from longctx.parallel.mesh import place_explicit
+from longctx.parallel.placement import place, placed_by_xla, split_of
 
 type Remat = Literal["none", "block", "dots"]
 Gather = Literal["layer", "step"]

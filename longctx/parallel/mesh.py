@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 AXES = ("data", "fsdp", "seq", "tensor")
 BATCH = ("data", "fsdp")
@@ -135,6 +136,21 @@ def fitting(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
     return P(*(keep(size, entry) for size, entry in zip(shape, spec, strict=False)))
 
 
+def place_explicit(x: Array, spec: P) -> Array:
+    """`x` split by `spec` over the Explicit axes of the mesh in use, where operations want it so.
+
+    What they make of it over Auto axes XLA finds out by itself.
+    """
+    explicit = free_sizes(jax.sharding.get_abstract_mesh().explicit_axes)
+    return jax.sharding.reshard(x, fitting(spec, x.shape, explicit)) if explicit else x
+
+
+def free_sizes(axes: Sequence[str]) -> dict[str, int]:
+    """Sizes of those of the axes of the mesh in use that are not manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in axes if name not in mesh.manual_axes}
+
+
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one array axis, as a PartitionSpec has them."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
@@ -192,18 +208,13 @@ def shard_operator[Out](
         free = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
         if not free:
             return function(*args)
-        explicit = free & frozenset(mesh.explicit_axes)
         local_in, local_out = _restrict_all(in_specs, free), _restrict_all(out_specs, free)
         jax.tree.map(
             lambda spec, tree: jax.tree.map(lambda x: _check(x, spec), tree), local_in, args
         )
-        if explicit:
-
-            def place(spec: P, subtree: Any) -> Any:
-                target = _restrict(spec, explicit)
-                return jax.tree.map(lambda x: jax.sharding.reshard(x, target), subtree)
-
-            args = jax.tree.map(place, in_specs, args)
+        args = jax.tree.map(
+            lambda spec, tree: jax.tree.map(lambda x: place_explicit(x, spec), tree), in_specs, args
+        )
         # What JAX saves of a nested shard_map names the outer axes, which it then refuses.
         local = jax.checkpoint(function) if mesh.manual_axes else function
         return jax.shard_map(local, in_specs=local_in, out_specs=local_out, axis_names=free)(*args)

@@ -1,6 +1,6 @@
 """How arrays are split over the mesh in use: over Auto axes by XLA, over Explicit ones by type."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from longctx.parallel.mesh import fitting
+from longctx.parallel.mesh import fitting, free_sizes, place_explicit
 
 
 def place(x: Array, spec: P) -> Array:
@@ -18,7 +18,7 @@ def place(x: Array, spec: P) -> Array:
     Of the mesh axes of an array axis only so many, from the first, are taken as divide it.
     """
     x = place_explicit(x, spec)
-    free = _free(jax.sharding.get_abstract_mesh().auto_axes)
+    free = free_sizes(jax.sharding.get_abstract_mesh().auto_axes)
     if not free:
         return x
     spec = fitting(spec, x.shape, free)
@@ -27,22 +27,13 @@ def place(x: Array, spec: P) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def place_explicit(x: Array, spec: P) -> Array:
-    """`x` split by `spec` over the Explicit axes of the mesh in use, where operations want it so.
-
-    What they make of it over Auto axes XLA finds out by itself.
-    """
-    explicit = _free(jax.sharding.get_abstract_mesh().explicit_axes)
-    return jax.sharding.reshard(x, fitting(spec, x.shape, explicit)) if explicit else x
-
-
 def placed_by_xla(function: Callable[..., Array], *args: Array, split: P) -> Array:
-    """`function(*args)`, a product or a look-up; split by `split` where mesh axes are Explicit.
+    """`function(*args)`, a product, look-up or write; split by `split` over Explicit axes.
 
     There JAX asks how a result is split whose operands are split along what is summed over.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    explicit = _free(mesh.explicit_axes)
+    explicit = free_sizes(mesh.explicit_axes)
     if not explicit:
         return function(*args)
     args = tuple(place_explicit(x, split_of(x)) for x in args)  # also those from before the mesh
@@ -59,7 +50,7 @@ def spread(x: Array, like: Array) -> Array:
 
     There its gradient is summed on each device first; it would be gathered to be summed.
     """
-    explicit = _free(jax.sharding.get_abstract_mesh().explicit_axes)
+    explicit = free_sizes(jax.sharding.get_abstract_mesh().explicit_axes)
     split = fitting(split_of(like), like.shape, explicit) if explicit else None
     return jnp.broadcast_to(x, like.shape, out_sharding=split)
 
@@ -67,9 +58,3 @@ def spread(x: Array, like: Array) -> Array:
 def split_of(x: Array) -> P:
     """How `x` is split over Explicit axes."""
     return jax.typeof(x).sharding.spec
-
-
-def _free(axes: Sequence[str]) -> dict[str, int]:
-    """Sizes of those of the mesh axes that are not manual."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return {name: mesh.shape[name] for name in axes if name not in mesh.manual_axes}
