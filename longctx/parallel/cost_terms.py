@@ -150,7 +150,8 @@ class Call:
     def ring_traffic(self, hops: int) -> tuple[float, float]:
         """Bytes that a device reads and writes for the ring's sake: forward, backward.
 
-        Counted in bfloat16 programs for H100 with D = E, what kernels carry in float32 included.
+        Counted in bfloat16 programs for H100 with D = E, what kernels carry in float32 included,
+        where no rows of a forward wait for the first hop; where they do, it has half as much.
         """
         if hops == 1:
             return 0.0, 0.0

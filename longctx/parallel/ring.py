@@ -3,12 +3,17 @@
     forward, rank r, hop t = 0 .. n-1, keys of rank r - t:
 
         move      kv 1 ──────▶ kv 2 ──────▶ kv 3 ─ ...          to the next rank
-        compute   block 0      block 1      block 2  ...        (o, lse) carried in float32
+        compute   block 0,     block 1      block 2  ...        (o, lse) carried in float32
+                  late rows    and 0, early rows
 
     backward, n = 5, d the gradients of a block's keys and values:
 
         move      kv 1 ──────▶ kv 2 ──────▶ kv 3, d 1 ─▶ kv 4, d 2 ─▶ d 3 ───────▶ d 4 ──▶ home
         compute   half of 0    block 1      block 2      block 3      block 4      half of 0
+
+In a forward on GPUs the early half of a rank's rows waits with its own keys for those of the first
+hop, and meets both at once, in the order of their positions: nothing of theirs is carried, all
+ranks have as many tiles to begin, and short ones come last. The late half hides the first move.
 
 The gradients of a block of keys follow it one hop behind: while a block is computed, the sum
 that the previous rank has finished is on its way, with the next keys. The rank's own block is
@@ -38,7 +43,13 @@ from jaxtyping import Array, Float, Int
 
 from longctx.parallel.shards import Shards
 from pallas_kernels._pallas import unify_varying, varying_axes
-from pallas_kernels.flash_attention import block_backward, block_forward, flash_attention, row_delta
+from pallas_kernels.flash_attention import (
+    Pieces,
+    block_backward,
+    block_forward,
+    flash_attention,
+    row_delta,
+)
 
 type Output = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
 type Pair = tuple[Array, Array]  # keys and values
@@ -123,14 +134,24 @@ def _by_groups[Tree](groups: int, function: Callable[..., Tree], into: Tree, *ot
 
 
 def _forward(shards: Shards, doc_start: Array | None, _: Output, q: Array, kv: Pair) -> Output:
-    batch, mask, carry = q.shape[0], shards.own_block(q.shape[0], doc_start), None
+    batch, group = q.shape[0], q.shape[2] // kv[0].shape[2]
+    early_rows = first_row = shards.early_rows(group, max(x.shape[3] for x in kv))
+    attend = functools.partial(block_forward, q, **shards.options)
+    own = keys = kv
+    mask, carry = shards.own_block(batch, doc_start), None
+    mask = {name: x[:, first_row:] if name in ("lo", "hi") else x for name, x in mask.items()}
     for hop in range(1, shards.hops):
         arriving = _move(shards, kv)
-        carry = block_forward(q, *kv, carry=carry, **mask, **shards.options)
+        carry = attend(*keys, first_row=first_row, carry=carry, **mask)
+        if first_row:
+            order, mask = shards.joint_block(batch, doc_start, early_rows)
+        else:
+            order, mask = None, shards.block(hop, batch, doc_start)
         # The small mask at one moment too: scattered among shards it leaves holes in memory.
-        mask = shards.block(hop, batch, doc_start)
-        kv, carry, mask = lax.optimization_barrier((arriving, carry, mask))
-    return block_forward(q, *kv, carry=carry, out_dtype=q.dtype, **mask, **shards.options)
+        kv, carry, order, mask = lax.optimization_barrier((arriving, carry, order, mask))
+        keys = kv if order is None else [Pieces(pair, order) for pair in zip(own, kv, strict=True)]
+        first_row = 0
+    return attend(*keys, carry=carry, out_dtype=q.dtype, **mask)
 
 
 def _backward(

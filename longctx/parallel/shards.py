@@ -1,6 +1,7 @@
 """One attention call over a sharded sequence, as every device sees it."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,15 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from longctx.parallel.layout import Layout
+from pallas_kernels._dispatch import target
+from pallas_kernels.flash_attention.tiles import gpu_forward_tiles
+
+# Tokens of a rank, times query heads to a key head, of which half the rows hide a move for certain:
+# H100s and H200s compute for as long as it takes from about 5600 (see `explain`).
+HIDING = 8192
+# Halves 0, 1 of a rank's tokens and 2, 3 of another's by position, of one before and one after it.
+APART = (0, 1, 2, 3)
+ORDERS = {"zigzag": ((2, 0, 1, 3), (0, 2, 3, 1)), "contiguous": ((2, 3, 0, 1), APART)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +108,58 @@ class Shards:
         """Mask arguments for the keys that arrive with hop `hop`: those of `hop` ranks before."""
         if not self.causal:
             return {}
-        source = (self.rank() - hop) % self.ranks
-        first, stop = self.seen_positions(batch, doc_start)
-        lo, hi = (
-            self.layout.count_before(x, self.length, self.ranks, source) for x in (first, stop)
-        )
-        return {"lo": lo, "hi": hi}
+        return self._among(batch, doc_start, (self.rank() - hop) % self.ranks)
+
+    def _among(self, batch: int, doc_start: Any, *sources: Any) -> dict[str, Any]:
+        """Which keys of some ranks, in the order of their positions, this rank's queries see."""
+        seen = zip(("lo", "hi"), self.seen_positions(batch, doc_start), strict=True)
+        count = functools.partial(self.layout.count_before, length=self.length, devices=self.ranks)
+        return {name: sum(count(x, device=source) for source in sources) for name, x in seen}
+
+    def early_rows(self, group: int, width: int) -> int:
+        """How many rows wait with their own keys for those of a forward's first hop: half, or none.
+
+        They then meet both in one block. None do where the others would not hide the first move,
+        with `group` query heads to a key head; where the halves of two ranks do not lie as in
+        `ORDERS`; and where kernels for heads of `width` do not read halves where they lie: those
+        for TPUs, and others if the halves are no whole tiles.
+        """
+        kind, ranks = self.layout.kind, self.layout.ranks
+        ordered = kind == "contiguous" or (kind == "zigzag" and ranks == self.ranks)
+        hidden = self.local * group >= HIDING
+        platform, half = target().platform, self.local // 2
+        if self.hops == 1 or not ordered or not hidden or platform == "tpu" or self.local % 2:
+            return 0
+        if platform != "gpu":
+            return half
+        tiles = gpu_forward_tiles(width)
+        return 0 if half % tiles.kv else half - half % tiles.q
+
+    def joint_block(
+        self, batch: int, doc_start: Int[Array, "B T"] | None, early_rows: int
+    ) -> tuple[Int[Array, "4"], dict[str, Any]]:
+        """The order of the halves 0, 1 of the own keys and 2, 3 of the first hop's, and the mask.
+
+        The order is that of their positions. Late rows have seen their own keys before.
+        """
+        rank, half = self.rank(), self.local // 2
+        source = (rank - 1) % self.ranks
+        cases = ORDERS[self.layout.kind] if self.causal else (APART, APART)
+
+        def chosen(before: tuple[int, ...], after: tuple[int, ...]) -> Array:
+            return jnp.where(source < rank, jnp.array(before), jnp.array(after))
+
+        late = jnp.arange(self.local) >= early_rows
+        first, stop = chosen(*map(_arrived, cases)) * half
+        seen = self._among(batch, doc_start, rank, source)
+        mask = {name: jnp.where(late, x.clip(first, stop), x) for name, x in seen.items()}
+        return chosen(*cases), mask
+
+
+def _arrived(order: tuple[int, ...]) -> tuple[int, int]:
+    """Where in an order of pieces the run of 2, and 3 behind it, starts and stops."""
+    first = order.index(2)
+    return first, first + 1 + (order[first + 1 : first + 2] == (3,))
 
 
 def check_doc_start(doc_start: Array | None, tokens: tuple[int, ...]) -> None:

@@ -7,9 +7,11 @@ from pallas_kernels.flash_attention.api import (
     merge,
     row_delta,
 )
+from pallas_kernels.flash_attention.pieces import Pieces
 from pallas_kernels.flash_attention.tiles import Spec, Tiles
 
 __all__ = [
+    "Pieces",
     "Spec",
     "Tiles",
     "block_backward",

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import _dispatch
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention import gpu, reference, tpu, xla
+from pallas_kernels.flash_attention.pieces import Pieces
 from pallas_kernels.flash_attention.reference import merge
 from pallas_kernels.flash_attention.tiles import GpuTiles, Spec, Tiles, TpuTiles
 
@@ -93,12 +94,13 @@ def flash_attention(
 
 def block_forward(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
+    k: Float[Array, "B S K D"] | Pieces,
+    v: Float[Array, "B S K E"] | Pieces,
     *,
-    lo: Int[Array, "B T"] | Int[Array, "B H T"] | None = None,
-    hi: Int[Array, "B T"] | Int[Array, "B H T"] | None = None,
-    carry: tuple[Float[Array, "B T H E"], Float[Array, "B H T"]] | None = None,
+    first_row: int = 0,
+    lo: Int[Array, "B R"] | Int[Array, "B H R"] | None = None,
+    hi: Int[Array, "B R"] | Int[Array, "B H R"] | None = None,
+    carry: tuple[Float[Array, "B C H E"], Float[Array, "B H C"]] | None = None,
     causal: bool = False,
     window: int | None = None,
     q_offset: int = 0,
@@ -108,18 +110,32 @@ def block_forward(
     out_dtype: jax.typing.DTypeLike | None = None,
     backend: str = "auto",
     tiles: Any = None,
-) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
+) -> tuple[Float[Array, "B R H E"], Float[Array, "B H R"]]:
     """One hop of blockwise attention: continue `carry = (o, lse)` with the keys of this block.
 
     The arguments are those of `flash_attention`; o and lse are float32 (float64 for float64
     inputs) and equal those over the keys of all hops so far, concatenated. `out_dtype` is that of
     o where it is no carry, after the last hop. Not differentiable: see `block_backward`.
+
+    Keys that lie in several arrays are `Pieces`. Only the R rows of q from `first_row` on are
+    computed: lo, hi and the results are theirs. A carry may be of the last C of these; the others
+    begin with this block.
     """
-    lo, hi = _intervals(q, k, lo, hi)
-    spec = make_spec(q, k, v, lo, causal, window, q_offset, scale, soft_cap, deterministic)
+    if q.ndim == 4 and not 0 <= first_row < q.shape[1]:
+        raise ValueError(f"{first_row=} must be one of the {q.shape[1]} rows of q")
+    if isinstance(k, Pieces) != isinstance(v, Pieces):
+        raise ValueError("k and v must both be Pieces, or neither")
+    keys, values = _like(k), _like(v)
+    rows = _from_row(q, first_row)
+    lo, hi = _intervals(rows, keys, lo, hi)
+    mask = causal, window, q_offset + first_row
+    spec = make_spec(rows, keys, values, lo, *mask, scale, soft_cap, deterministic)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(out_dtype or spec.wide))
     if carry is not None:
-        _check_shapes({"o of carry": (carry[0], _rows(q, v)), "lse of carry": (carry[1], _row(q))})
+        o, lse = carry
+        continued = _from_row(rows, max(0, spec.q_length - o.shape[1]))
+        wanted = _rows(continued, values), _row(continued)
+        _check_shapes({"o of carry": (o, wanted[0]), "lse of carry": (lse, wanted[1])})
     return _run("fwd", _call(spec, backend, tiles), q, k, v, lo, hi, carry)
 
 
@@ -227,6 +243,17 @@ def _attend_bwd(call: _Call, saved: tuple, cotangents: tuple[Array, Array]):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _like(x: Array | Pieces) -> Any:
+    return x.like() if isinstance(x, Pieces) else x
+
+
+def _from_row(q: Any, row: int) -> Any:
+    """What the rows of q from `row` on would be."""
+    if row == 0:
+        return q
+    return jax.ShapeDtypeStruct((q.shape[0], q.shape[1] - row, *q.shape[2:]), q.dtype)
 
 
 def _rows(q: Array, v: Array) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ dq; where the result must be deterministic or a head is wider than 128, dq has o
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from pallas_kernels.flash_attention.gpu_backward_rows import backward_rows
 from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible, probability_scale
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
+from pallas_kernels.flash_attention.pieces import Pieces, whole
 from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
 from pallas_kernels.flash_attention.xla import Carry, Gradients, Sums
 
@@ -42,10 +44,10 @@ def unsupported(spec: Spec) -> str | None:
 
 def fwd(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
-    lo: Int[Array, "B h T"] | None,
-    hi: Int[Array, "B h T"] | None,
+    k: Float[Array, "B S K D"] | Pieces,
+    v: Float[Array, "B S K E"] | Pieces,
+    lo: Int[Array, "B h R"] | None,
+    hi: Int[Array, "B h R"] | None,
     carry: Carry | None,
     *,
     spec: Spec,
@@ -54,17 +56,26 @@ def fwd(
 ) -> Carry:
     """See `xla.fwd`. `interpret`: parameters of the interpreter, for tests."""
     tile = (tiles or _tiles(spec)).forward
-    axes = varying_axes(q, k, v, lo, hi, *(carry or ()))
+    axes = varying_axes(*jax.tree.leaves((q, k, v, lo, hi, carry)))
+    skip = q.shape[1] - spec.q_length
+    new = 0 if carry is None else spec.q_length - carry[0].shape[1]
+    if new % tile.q or (isinstance(k, Pieces) and k.size % tile.kv):
+        q, k, v, carry = whole(q, k, v, carry, spec)
+        skip = 0
     visible = _visible(spec, lo, hi, tile, row_bounds)
     if carry is not None:
         o, lse = (x.astype(jnp.float32) for x in carry)
         carry = _pad(o, tile.q), _pad(lse, tile.q, axis=2, value=-jnp.inf)
     wide = _table_width(spec)
     # What TMA alone reads and writes needs no whole tiles.
-    plain = carry is not None or spec.out_dtype != q.dtype or _padded_width(v.shape[3]) != wide
-    rows, keys = tile.q if plain else _box(q, ROWS), _box(k, tile.kv)
-    q, k, v = _pad(q, rows, wide), _pad(k, keys, wide), _pad(v, keys)
-    o, lse = forward(q, k, v, visible, carry, spec=spec, tiles=tile, interpret=interpret)
+    plain = (
+        carry is not None or spec.out_dtype != q.dtype or _padded_width(spec.value_width) != wide
+    )
+    whole_tiles = skip + spec.q_length + -spec.q_length % tile.q
+    q = _pad(q, whole_tiles if plain else _box(q, ROWS), wide)
+    keys = _box(k.arrays[0] if isinstance(k, Pieces) else k, tile.kv)
+    k, v = _each(k, lambda x: _pad(x, keys, wide)), _each(v, lambda x: _pad(x, keys))
+    o, lse = forward(q, k, v, visible, carry, skip=skip, spec=spec, tiles=tile, interpret=interpret)
     o, lse = o[:, : spec.q_length, :, : spec.value_width], lse[..., : spec.q_length]
     return unify_varying((o, lse), axes)
 
@@ -164,6 +175,12 @@ def _pad(x: Array, size: int, width: int | None = None, *, axis: int = 1, value:
     )
 
 
+def _each(x: Array | Pieces, pad: Callable[[Array], Array]) -> Array | Pieces:
+    if isinstance(x, Pieces):
+        return x._replace(arrays=[pad(array) for array in x.arrays])
+    return pad(x)
+
+
 def _box(x: Array, size: int) -> int:
     """To what length TMA needs `x` padded to read it `size` rows at a time."""
     return max(size, x.shape[1] + -x.shape[1] % 8)
@@ -175,5 +192,5 @@ def _visible(spec: Spec, lo, hi, tile: KernelTiles, bounds_of) -> Visible | None
         return None
     rows = jnp.arange(spec.q_length, dtype=jnp.int32)[None, None]
     low, high = row_limits(spec, rows, lo, hi)
-    bounds = jnp.stack(bounds_of(spec, lo, hi, tile), axis=-1)
+    bounds = bounds_of(spec, lo, hi, tile)
     return Visible(bounds, _pad(low, tile.q, axis=2), _pad(high, tile.q, axis=2))

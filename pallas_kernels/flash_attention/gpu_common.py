@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels.flash_attention.intervals import Bounds
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 
 LOG2E = math.log2(math.e)
@@ -28,10 +29,10 @@ SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 class Visible(NamedTuple):
     """What the intervals let a tile do, as arrays in GMEM; causal and window are part of them.
 
-    `bounds` holds start, stop, full_start and full_stop (`intervals.Bounds`) of every tile.
+    `bounds` are the key tiles of every tile of rows, or the other way round.
     """
 
-    bounds: Int[Array, "b h tiles 4"]
+    bounds: Bounds
     low: Int[Array, "b h T"]
     high: Int[Array, "b h T"]
 
@@ -41,8 +42,7 @@ def tile_bounds(visible: Visible | None, b, h, tile, otherwise: Callable[[], tup
     if visible is None:
         start, stop, full_start, full_stop = otherwise()
     else:
-        ref = visible.bounds
-        start, stop, full_start, full_stop = (ref[*_at(ref, b, h), tile, i] for i in range(4))
+        start, stop, full_start, full_stop = (ref[*_at(ref, b, h), tile] for ref in visible.bounds)
     stop = jnp.maximum(start, stop)
     start = jnp.minimum(start, stop)  # loses the varying axes of a loaded scalar, as loops need
     full_start = jnp.clip(full_start, start, stop)
@@ -137,7 +137,7 @@ def walk_rows(spec: Spec, tiles: KernelTiles, ranges, b, kv_head, tile, visit: C
     memory and the others from L2; head after head, they would drift apart by whole heads. Each
     begins with another head, so that not all add to one tile of dq.
     """
-    if spec.group > 1 and (ranges is None or ranges.bounds.shape[1] == 1):
+    if spec.group > 1 and (ranges is None or ranges.bounds.start.shape[1] == 1):
         start, full_start, full_stop, stop = tile_bounds(
             ranges, b, kv_head, tile, lambda: column_tile_bounds(spec, tiles, tile)
         )

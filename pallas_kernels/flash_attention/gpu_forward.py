@@ -12,7 +12,7 @@ The warpgroups take turns on the tensor cores: while one multiplies, the others 
 Within a warpgroup the scores of a tile are multiplied together with `p v` of the tile before.
 Key tiles run from last to first: the masked ones at the diagonal start, those that need no
 mask follow in a loop of their own. In a run of query tiles the next one is loaded while the one
-before is finished.
+before is finished. Keys may lie in several arrays: then a table has the order of their pieces.
 """
 
 import functools
@@ -46,29 +46,39 @@ from pallas_kernels.flash_attention.gpu_common import (
     smem,
     tile_bounds,
 )
+from pallas_kernels.flash_attention.pieces import MOST_PIECES, Pieces
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
+
+PIECE_BITS = (MOST_PIECES - 1).bit_length()
 
 
 def forward(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
+    k: Float[Array, "B S K D"] | Pieces,
+    v: Float[Array, "B S K E"] | Pieces,
     visible: Visible | None,
-    carry: tuple[Float[Array, "B T H E"], Float[Array, "B H T"]] | None,
+    carry: tuple[Float[Array, "B C H E"], Float[Array, "B H C"]] | None,
     *,
+    skip: int = 0,
     spec: Spec,
     tiles: KernelTiles,
     interpret: Any = None,
-) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
-    """o `[B, T, H, E]` and lse `[B, H, whole tiles]`; spec has the true lengths.
+) -> tuple[Float[Array, "B R H E"], Float[Array, "B H R"]]:
+    """o and lse of the R rows behind `skip`, lse of whole tiles; spec has the true lengths.
 
     D and E are multiples of 64, S one of 8 that holds a tile. T is whole tiles where there is a
-    carry, or o has another dtype or width than q; else a multiple of 8 that holds 64 rows.
+    carry, or o has another dtype or width than q; else a multiple of 8 that holds 64 rows. Pieces
+    are whole tiles, and so are those of the R rows that have no carry.
     """
     batch, length, heads, key_width = q.shape
+    length -= skip
     count = pl.cdiv(length, tiles.q)
-    width = v.shape[-1]
-    warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec)
+    fresh = 0 if carry is None else count - carry[0].shape[1] // tiles.q  # tiles without a carry
+    (*k_arrays, k_order), (*v_arrays, _) = (
+        (*x.arrays, x.order) if isinstance(x, Pieces) else (x, None) for x in (k, v)
+    )
+    _, keys, _, width = v_arrays[0].shape
+    warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec, keys)
     shape = (ROWS, tiles.kv)
     by_tma = spec.out_dtype == q.dtype and width == key_width  # float32 leaves as fast without
     # Where query tiles are few, or all take as long, runs of them would end later than they save.
@@ -77,10 +87,11 @@ def forward(
     room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
     in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
     run = tiles.run if in_runs else 1
-    arrays, structure = jax.tree.flatten((q, k, v, visible, *(carry or (None, None))))
+    operands = q, k_arrays, v_arrays, k_order, visible, *(carry or (None, None))
+    arrays, structure = jax.tree.flatten(operands)
 
     def kernel(*refs):
-        q_gmem, k_gmem, v_gmem, ranges, o_in, lse_in = jax.tree.unflatten(
+        q_gmem, k_gmems, v_gmems, order, ranges, o_in, lse_in = jax.tree.unflatten(
             structure, refs[: len(arrays)]
         )
         o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[len(arrays) :]
@@ -100,7 +111,7 @@ def forward(
                     ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
                 )
                 # A tile without keys runs one step that is masked whole, and so writes its zeros.
-                start = jnp.minimum(start, pl.cdiv(k_gmem.shape[1], tiles.kv) - 1)
+                start = jnp.minimum(start, pl.cdiv(len(k_gmems) * keys, tiles.kv) - 1)
                 stop = jnp.maximum(stop, start + 1)
                 visit(n, tile, (start, full_start, full_stop, stop), before)
                 return before + stop - start
@@ -112,24 +123,43 @@ def forward(
         @pl.when(warpgroup == warpgroups)
         def _load():
             plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
-            rings = (k_gmem, k_smem, k_full, k_empty), (v_gmem, v_smem, v_full, v_empty)
+            rings = (k_gmems, k_smem, k_full, k_empty), (v_gmems, v_smem, v_full, v_empty)
+
+            if order is not None:  # a table in one register
+                pieces = order.shape[0]
+                table = sum(order[i] << (PIECE_BITS * i) for i in range(pieces))
+
+            def find(key):
+                """Of key `key` of all: its array, and which key of that it is."""
+                if order is None:
+                    return 0, key
+                size = len(k_gmems) * keys // pieces
+                piece = (table >> (PIECE_BITS * lax.div(key, size))) & (2**PIECE_BITS - 1)
+                key = piece * size + lax.rem(key, size)
+                return lax.div(key, keys), lax.rem(key, keys)
 
             def load(n, tile, bounds, before):
                 start, _, _, stop = bounds
 
-                def load_keys(step, gmem, ring, ready, free):
+                def load_keys(step, gmems, ring, ready, free):
                     slot = lax.rem(before + step, stages)
-                    at = b, pl.ds((stop - 1 - step) * tiles.kv, tiles.kv), lax.div(h, spec.group)
+                    array, key = find((stop - 1 - step) * tiles.kv)
+                    at = b, pl.ds(key, tiles.kv), lax.div(h, spec.group)
                     wait = functools.partial(plgpu.barrier_wait, free.at[slot])
                     pl.when(before + step >= stages)(wait)
-                    plgpu.copy_gmem_to_smem(gmem.at[*at], ring.at[slot], ready.at[slot])
+
+                    def copy(gmem):
+                        plgpu.copy_gmem_to_smem(gmem.at[*at], ring.at[slot], ready.at[slot])
+
+                    for number, gmem in enumerate(gmems):
+                        pl.when(array == number)(functools.partial(copy, gmem))
 
                 # In the order in which the query tile before has done with the SMEM.
                 load_keys(0, *rings[0])
                 for w in range(warpgroups):
                     if run > 1:
                         pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_empty.at[w]))
-                    rows = pl.ds(tile * tiles.q + w * ROWS, ROWS)
+                    rows = pl.ds(skip + tile * tiles.q + w * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[w], q_full.at[w])
                 load_keys(0, *rings[1])
 
@@ -188,10 +218,18 @@ def forward(
                         m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), PER_ROW)
                         l = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW)
                     else:
-                        m = plgpu.load(lse_in.at[b, h, rows], layout=PER_ROW, optimized=False)
+                        at = pl.ds(jnp.maximum(first_row - fresh * tiles.q, 0), ROWS)
+                        m = plgpu.load(lse_in.at[b, h, at], layout=PER_ROW, optimized=False)
                         m *= LOG2E
+                        carried = fresh == 0 or tile >= fresh
+                        if fresh:
+                            m += jnp.where(carried, 0.0, -jnp.inf)
                         l = jnp.where(m == -jnp.inf, 0.0, 1.0)
-                        o_acc[...] = plgpu.load(o_in.at[b, rows, h], layout=WGMMA, optimized=False)
+
+                        @pl.when(carried)
+                        def _continue():
+                            o = plgpu.load(o_in.at[b, at, h], layout=WGMMA, optimized=False)
+                            o_acc[...] = o
 
                     slot = lax.rem(before, stages)
 
@@ -206,7 +244,7 @@ def forward(
                     s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(k_empty.at[slot])
                     p, m, l, shrink = soften(s, m, l, 0, True)
-                    p = p.astype(v.dtype)
+                    p = p.astype(q.dtype)
                     if carry is not None:
                         o_acc[...] = o_acc[...] * per_row(shrink, (ROWS, width))
 
@@ -230,7 +268,7 @@ def forward(
                         plgpu.barrier_arrive(v_empty.at[last])
                         o_acc[...] = o * per_row(shrink, (ROWS, width))
                         # Only now: the registers of the old p were in use by its product.
-                        return new_p.astype(v.dtype), m, l
+                        return new_p.astype(q.dtype), m, l
 
                     masked_to = jnp.maximum(stop - full_stop, 1)
                     full_to = jnp.maximum(stop - full_start, masked_to)

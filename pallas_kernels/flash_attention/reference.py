@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.flash_attention.intervals import row_limits
+from pallas_kernels.flash_attention.pieces import whole
 from pallas_kernels.flash_attention.tiles import Spec, Tiles
 
 
@@ -78,6 +79,7 @@ def attention(
 def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: Tiles | None = None):
     """See `xla.fwd`."""
     del tiles
+    q, k, v, carry = whole(q, k, v, carry, spec)
     o, lse = attention(q, k, v, lo, hi, spec)
     if carry is not None:
         before, lse_before = carry

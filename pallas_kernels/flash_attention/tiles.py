@@ -80,9 +80,12 @@ class KernelTiles(Tiles):
             if getattr(self, name) < 1:
                 raise ValueError(f"KernelTiles.{name}={getattr(self, name)} must be positive")
 
-    def head_group(self, spec: Spec) -> int:
-        """Query heads that run side by side: as many as keep their keys and values in L2."""
-        size = 2 * spec.kv_length * (spec.key_width + spec.value_width)
+    def head_group(self, spec: Spec, keys: int | None = None) -> int:
+        """Query heads that run side by side: as many as keep their keys and values in L2.
+
+        `keys` is how many of them rows see at a time, if not all.
+        """
+        size = 2 * (keys or spec.kv_length) * (spec.key_width + spec.value_width)
         fits = max(24 * 2**20 // size, 1) * spec.group
         return max(n for n in range(1, spec.q_heads + 1) if spec.q_heads % n == 0 and n <= fits)
 
@@ -140,6 +143,11 @@ def gpu_tiles(width: int) -> GpuTiles:
         return GPU_TILES[width]
     kernels = {n: KernelTiles(**tuned[n]) for n in ("forward", "keys", "rows")}
     return GpuTiles(**kernels, passes=tuned["passes"])
+
+
+def gpu_forward_tiles(width: int) -> KernelTiles:
+    """Tiles of the forward for heads so wide, keys or values."""
+    return gpu_tiles(min((w for w in GPU_TILES if w >= width), default=max(GPU_TILES))).forward
 
 
 TPU_LANES = 128

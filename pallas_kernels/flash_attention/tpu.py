@@ -32,6 +32,7 @@ from jax import lax
 
 from pallas_kernels._pallas import pl, pltpu, unify_varying, varying_axes
 from pallas_kernels.flash_attention.intervals import Bounds, column_bounds, row_bounds, row_limits
+from pallas_kernels.flash_attention.pieces import whole
 from pallas_kernels.flash_attention.tiles import Spec, TpuTiles, tpu_tiles
 
 LOG2E = math.log2(math.e)
@@ -53,6 +54,7 @@ def unsupported(spec: Spec) -> str | None:
 
 def fwd(q, k, v, lo, hi, carry, *, spec: Spec, tiles: TpuTiles | None = None):
     """See `xla.fwd`."""
+    q, k, v, carry = whole(q, k, v, carry, spec)
     tiles = (tiles or tpu_tiles(spec)).fit(spec)
     o, lse = _launch(
         _forward_kernel,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels._pallas import unify_varying, varying_axes
 from pallas_kernels.flash_attention.intervals import row_bounds, row_limits
+from pallas_kernels.flash_attention.pieces import Pieces, whole
 from pallas_kernels.flash_attention.tiles import XLA_TILES, Spec, Tiles
 
 Carry = tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]
@@ -28,19 +29,21 @@ def unsupported(spec: Spec) -> str | None:
 
 def fwd(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K E"],
-    lo: Int[Array, "B h T"] | None,
-    hi: Int[Array, "B h T"] | None,
+    k: Float[Array, "B S K D"] | Pieces,
+    v: Float[Array, "B S K E"] | Pieces,
+    lo: Int[Array, "B h R"] | None,
+    hi: Int[Array, "B h R"] | None,
     carry: Carry | None,
     *,
     spec: Spec,
     tiles: Tiles | None = None,
 ) -> Carry:
-    """Attention output in `spec.out_dtype` and lse (float32, natural log).
+    """Attention output in `spec.out_dtype` and lse (float32, natural log) of the last rows.
 
-    With `carry`, the float32 output and lse over other keys, the result is that over both sets.
+    There are R = `spec.q_length` of them. With `carry`, the float32 output and lse over other keys
+    of all of these or the last, the result is that over both sets.
     """
+    q, k, v, carry = whole(q, k, v, carry, spec)
     walk = _Walk(spec, tiles, lo, hi)
     axes = varying_axes(q, k, v, lo, hi, *(carry or ()))
     q, k, v = walk.rows(q), walk.keys(k), walk.keys(v)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -64,13 +65,15 @@ def _after(x: Array, *others: Array) -> Array:
     return x + (0 * probe).astype(x.dtype)
 
 
-def _forward(q: Array, k: Array, v: Array, *, out_dtype: Any = None, **how: Any) -> Any:
-    o, lse = how.get("carry") or (
-        jnp.zeros((*q.shape[:3], v.shape[3]), jnp.float32),
-        jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32),
-    )
+def _forward(q: Array, k: Any, v: Any, *, out_dtype: Any = None, **how: Any) -> Any:
+    batch, length, heads, width = q.shape
+    length -= how.get("first_row", 0)
+    o, lse = how.get("carry") or (None, None)
+    if o is None or o.shape[1] < length:
+        o = jnp.zeros((batch, length, heads, width), jnp.float32)
+        lse = jnp.zeros((batch, heads, length), jnp.float32)
     o, lse = unify_varying((o.astype(out_dtype or o.dtype), lse), varying_axes(q))
-    return _after(o, k, v), lse
+    return _after(o, *jax.tree.leaves((k, v))), lse
 
 
 def _backward(q: Array, k: Array, v: Array, *rows: Array, **_: Any) -> Any:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longctx.compiler import training_options
-from longctx.parallel import Layout, context, context_attention, make_mesh
+from longctx.parallel import Layout, context, context_attention, make_mesh, shards
 from pallas_kernels.flash_attention import flash_attention
 from tests.harness import assert_close
 from tests.longctx.parallel.cases import (
@@ -25,6 +25,15 @@ from tests.longctx.parallel.cases import (
     on_mesh,
     value_and_gradients,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early_rows_wait():
+    """However few they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "HIDING", 0)
+        yield
+
 
 # Time axes of q, k, v, then of o, lse, dq, dk, dv.
 TIME = (1, 1, 1, 1, 2, 1, 1, 1)
@@ -123,6 +132,13 @@ def test_four_devices_equal_one(name):
     options |= {"strategy": strategy, "head_groups": groups}
     got = sharded(args, cotangents, layout, 4, backend="reference", **options)
     assert max(errors(got, want)) < 5e-7
+
+
+def test_no_row_waits_where_the_others_would_not_hide_the_first_move(monkeypatch):
+    monkeypatch.setattr(shards, "HIDING", 17)  # 8 tokens of a rank, two query heads to a key head
+    args, cotangents = operands()
+    got = sharded(args, cotangents, Layout("zigzag", 4), 4, backend="reference", strategy="ring")
+    assert max(errors(got, exact(args, cotangents))) < 5e-7
 
 
 @pytest.mark.skipif(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.flash_attention import (
+    Pieces,
     Tiles,
     block_backward,
     block_forward,
@@ -43,6 +44,33 @@ def test_carry_equals_concatenation(how):
     for k_n, v_n, lo_n, hi_n in (first, second):
         carry = block_forward(q, k_n, v_n, lo=lo_n, hi=hi_n, carry=carry, soft_cap=3.0, **how)
     assert_close(carry, definition(q, k, v, lo, hi, causal=False, soft_cap=3.0), 2e-6)
+
+
+@backends
+def test_keys_in_pieces_and_the_last_rows_some_of_which_continue(how):
+    """Two arrays of two pieces each; of rows 5 to 32 those from 20 on have seen other keys."""
+    q, k, v = inputs(2, 33, 48, heads=4, kv_heads=2)
+    _, k_before, v_before = inputs(2, 33, 10, heads=4, kv_heads=2, seed=1)
+    lo, hi = random_intervals((2, 28), 48)
+    order = [2, 0, 3, 1]
+
+    def cut(x):
+        pieces = x.reshape(2, 4, 12, *x.shape[2:])[:, np.argsort(order)]  # by their numbers
+        return Pieces(jnp.split(pieces.reshape(x.shape), 2, axis=1), jnp.array(order))
+
+    assert_close(cut(k).joined(), k, 0.0)
+    carry = block_forward(q, k_before, v_before, first_row=20, **how)
+    found = block_forward(q, cut(k), cut(v), first_row=5, lo=lo, hi=hi, carry=carry, **how)
+    want = definition(q[:, 5:], k, v, lo, hi, causal=False)
+    before = definition(q[:, 20:], k_before, v_before, causal=False)
+    late = merge(*before, want[0][:, 15:], want[1][..., 15:])
+    want = [jnp.concatenate([x[:, :15], y], 1) for x, y in zip(want[:1], late[:1], strict=True)] + [
+        jnp.concatenate([want[1][..., :15], late[1]], 2)
+    ]
+    assert_close(found, want, 2e-6)
+    causal = block_forward(q, k, v, first_row=20, causal=True, **how)
+    whole = definition(q, k, v)
+    assert_close(causal, (whole[0][:, 20:], whole[1][..., 20:]), 2e-6)
 
 
 @backends

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.flash_attention import (
+    Pieces,
     Tiles,
     block_backward,
     block_forward,
@@ -160,7 +161,19 @@ def test_numbers_that_mean_nothing_are_refused(wrong):
 def test_a_hop_is_told_which_array_does_not_fit():
     x, lse = jnp.ones((1, 6, 1, 8)), jnp.ones((1, 1, 6))
     with pytest.raises(ValueError, match=r"o of carry must be of shape \(1, 6, 1, 8\)"):
+        block_forward(x, x, x, carry=(x[..., :3], lse))
+    with pytest.raises(ValueError, match=r"lse of carry must be of shape \(1, 1, 3\)"):
         block_forward(x, x, x, carry=(x[:, :3], lse))
+    with pytest.raises(ValueError, match="first_row=6 must be one of the 6 rows"):
+        block_forward(x, x, x, first_row=6)
+    halves = Pieces((x, x), jnp.arange(4))
+    with pytest.raises(ValueError, match="both be Pieces, or neither"):
+        block_forward(x, halves, x)
+    with pytest.raises(ValueError, match="of one shape"):
+        block_forward(x, Pieces((x, x[:, :3]), jnp.arange(4)), halves)
+    for order in (jnp.arange(5), jnp.arange(9), jnp.zeros((2, 2), jnp.int32)):
+        with pytest.raises(ValueError, match="must name 2 to 8 pieces"):
+            block_forward(x, Pieces((x, x), order), halves)
     with pytest.raises(ValueError, match="lse must be of shape"):
         block_backward(x, x, x, x, lse.swapaxes(1, 2), lse)
     with pytest.raises(ValueError, match="dq of accumulate"):

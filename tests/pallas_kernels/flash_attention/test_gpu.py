@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels._pallas import plgpu
-from pallas_kernels.flash_attention import flash_attention, gpu, gpu_forward, reference
+from pallas_kernels.flash_attention import Pieces, flash_attention, gpu, gpu_forward, reference
 from pallas_kernels.flash_attention.api import make_spec
 from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, gpu_tiles
 from tests.harness import assert_close, check_op
@@ -140,6 +140,24 @@ def test_runs_of_query_tiles(capfd, monkeypatch):
     run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
     found = gpu.fwd(q, k, v, None, None, None, spec=spec, tiles=tiles, **run)
     assert_close(found, reference.fwd(q, k, v, None, None, None, spec=spec), TOLERANCE[q.dtype][0])
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("size", [64, 56], ids=["whole tiles", "parts of tiles"])
+def test_pieces_and_last_rows(capfd, size):
+    """Skipped rows, rows that begin and rows that continue: a tile of each, where they are."""
+    q, k, v = half(1, 2 * size + 256, 4 * size, heads=2, kv_heads=1)
+    late = jax.random.normal(jax.random.key(3), (1, 128, 2, v.shape[3]))
+    carry = late, jax.random.normal(jax.random.key(4), (1, 2, 128))
+    lo, hi = random_intervals((1, 1, 256), 4 * size)
+    order = jnp.array([2, 0, 1, 3], jnp.int32)
+    keys, values = (Pieces(jnp.split(x, 2, axis=1), order) for x in (k, v))
+    spec = make_spec(q[:, :256], k, v, lo, False)
+    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
+    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    found = gpu.fwd(q, keys, values, lo, hi, carry, spec=spec, tiles=TOGETHER, **run)
+    want = reference.fwd(q, keys, values, lo, hi, carry, spec=spec)
+    assert_close(found, want, TOLERANCE[q.dtype][0])
     assert "RACE" not in capfd.readouterr().out
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.flash_attention import Pieces, block_forward, flash_attention
 from tests.ptxas import ptxas as ptxas
 from tests.topologies import gpu_mesh
 
@@ -81,6 +81,28 @@ def test_compiles_for_h100(name, ptxas):
     # Of one device: float32 dq, and what pads q, k, v, o, do and their gradients.
     padded = 2 * call.length * (64 * -(-call.width // 64)) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * padded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_pieces_are_read_where_they_lie(width, ptxas):
+    """The joint block of a ring: no keys are joined, no rows are cut off, nothing is spilled."""
+    place = NamedSharding(gpu_mesh({"x": 1}), P())
+
+    def of(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    def attend(q, k, k_other, order, hi, o, lse):
+        keys = Pieces((k, k_other), order)
+        return block_forward(q, keys, keys, first_row=128, hi=hi, carry=(o, lse))
+
+    x, numbers = of(1, 2048, 2, width), functools.partial(of, dtype=jnp.float32)
+    compiled = jax.jit(attend).lower(
+        x, x, x, of(4, dtype=jnp.int32), of(1, 1920, dtype=jnp.int32),
+        numbers(1, 768, 2, width), numbers(1, 2, 768),  # behind 1152 rows: whole tiles
+    ).compile()  # fmt: skip
+    assert max(ptxas.spilled()) <= 100, ptxas.spilled()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2048 * width  # of a bfloat16 head
 
 
 @pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.slow)])
