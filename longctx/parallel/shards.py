@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from longctx.parallel.layout import Layout
 from pallas_kernels._dispatch import target
-from pallas_kernels.flash_attention.tiles import gpu_forward_tiles
+from pallas_kernels.flash_attention.tiles import gpu_tiles, padded_width
 
 # Tokens of a rank, times query heads to a key head, of which half the rows hide a move for certain:
 # H100s and H200s compute for as long as it takes from about 5600 (see `explain`).
@@ -132,7 +132,7 @@ class Shards:
             return 0
         if platform != "gpu":
             return half
-        tiles = gpu_forward_tiles(width)
+        tiles = gpu_tiles(padded_width(width)).forward
         return 0 if half % tiles.kv else half - half % tiles.q
 
     def joint_block(

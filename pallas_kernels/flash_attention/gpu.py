@@ -24,7 +24,14 @@ from pallas_kernels.flash_attention.gpu_common import LOG2E, ROWS, Visible, prob
 from pallas_kernels.flash_attention.gpu_forward import forward
 from pallas_kernels.flash_attention.intervals import column_bounds, row_bounds, row_limits
 from pallas_kernels.flash_attention.pieces import Pieces, whole
-from pallas_kernels.flash_attention.tiles import GPU_TILES, GpuTiles, KernelTiles, Spec, gpu_tiles
+from pallas_kernels.flash_attention.tiles import (
+    GPU_TILES,
+    GpuTiles,
+    KernelTiles,
+    Spec,
+    gpu_tiles,
+    padded_width,
+)
 from pallas_kernels.flash_attention.xla import Carry, Gradients, Sums
 
 WIDTHS = tuple(GPU_TILES)  # of heads, after padding
@@ -68,9 +75,7 @@ def fwd(
         carry = _pad(o, tile.q), _pad(lse, tile.q, axis=2, value=-jnp.inf)
     wide = _table_width(spec)
     # What TMA alone reads and writes needs no whole tiles.
-    plain = (
-        carry is not None or spec.out_dtype != q.dtype or _padded_width(spec.value_width) != wide
-    )
+    plain = carry is not None or spec.out_dtype != q.dtype or padded_width(spec.value_width) != wide
     whole_tiles = skip + spec.q_length + -spec.q_length % tile.q
     q = _pad(q, whole_tiles if plain else _box(q, ROWS), wide)
     keys = _box(k.arrays[0] if isinstance(k, Pieces) else k, tile.kv)
@@ -157,11 +162,7 @@ def _tiles(spec: Spec) -> GpuTiles:
 
 
 def _table_width(spec: Spec) -> int:
-    return _padded_width(max(spec.key_width, spec.value_width))
-
-
-def _padded_width(width: int) -> int:
-    return next(w for w in WIDTHS if w >= width)
+    return padded_width(max(spec.key_width, spec.value_width))
 
 
 def _pad(x: Array, size: int, width: int | None = None, *, axis: int = 1, value: float = 0):
@@ -169,7 +170,7 @@ def _pad(x: Array, size: int, width: int | None = None, *, axis: int = 1, value:
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)
     if x.ndim == 4:
-        padding[3] = (0, (width or _padded_width(x.shape[3])) - x.shape[3])
+        padding[3] = (0, (width or padded_width(x.shape[3])) - x.shape[3])
     return (
         x if not any(after for _, after in padding) else jnp.pad(x, padding, constant_values=value)
     )

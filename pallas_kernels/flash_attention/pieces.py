@@ -45,7 +45,7 @@ class Pieces(NamedTuple):
         if any(x.shape != self.arrays[0].shape or x.dtype != dtype for x in self.arrays):
             found = [f"{x.dtype} {x.shape}" for x in self.arrays]
             raise ValueError(f"arrays of Pieces must be of one shape and dtype, got {found}")
-        count, arrays = self.order.shape[0], len(self.arrays)
+        count, arrays = self.order.size, len(self.arrays)
         whole = count % arrays == 0 and keys % max(1, count // arrays) == 0
         if self.order.ndim != 1 or not whole or not 2 <= count <= MOST_PIECES:
             raise ValueError(

@@ -145,9 +145,9 @@ def gpu_tiles(width: int) -> GpuTiles:
     return GpuTiles(**kernels, passes=tuned["passes"])
 
 
-def gpu_forward_tiles(width: int) -> KernelTiles:
-    """Tiles of the forward for heads so wide, keys or values."""
-    return gpu_tiles(min((w for w in GPU_TILES if w >= width), default=max(GPU_TILES))).forward
+def padded_width(width: int) -> int:
+    """Of heads on GPUs: the next width of the table, the last for those that are too wide."""
+    return min((w for w in GPU_TILES if w >= width), default=max(GPU_TILES))
 
 
 TPU_LANES = 128

@@ -66,7 +66,7 @@ def _after(x: Array, *others: Array) -> Array:
 
 
 def _forward(q: Array, k: Any, v: Any, *, out_dtype: Any = None, **how: Any) -> Any:
-    batch, length, heads, width = q.shape
+    (batch, length, heads, _), width = q.shape, jax.tree.leaves(v)[0].shape[3]
     length -= how.get("first_row", 0)
     o, lse = how.get("carry") or (None, None)
     if o is None or o.shape[1] < length:
