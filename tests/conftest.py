@@ -1,7 +1,8 @@
 """Strict JAX settings for every test: they turn whole classes of silent faults into errors.
 
 Tests run on eight CPU devices, or compiled on the accelerator where the machine has an NVIDIA
-driver or JAX_PLATFORMS names one.
+driver or JAX_PLATFORMS names one. Most of their time is compiling: on CPUs programs are hardly
+optimized, here and in the processes that tests start.
 """
 
 import os
@@ -9,6 +10,8 @@ import shutil
 
 if "JAX_PLATFORMS" not in os.environ and shutil.which("nvidia-smi") is None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest

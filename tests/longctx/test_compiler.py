@@ -77,7 +77,8 @@ def test_gpus_read_weights_where_they_lie(platform, copies):
 
     state, prompts = jax.tree.map(on_gpu, (state, jax.ShapeDtypeStruct((4, 8), jnp.int32)))
     run = generate._jitted(platform)
-    compiled = run.lower(graph, state, prompts, None, None, 4, generate.Sampling(), None).compile()
+    arguments = graph, state, prompts, None, None, 4, generate.Sampling(), None, None
+    compiled = run.lower(*arguments).compile()
     copied = re.findall(r"ROOT %dynamic_slice\S* = bf16\[1,\d+,\S+", compiled.as_text())
     assert bool(copied) == copies, copied
 

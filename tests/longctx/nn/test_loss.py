@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from longctx.nn import chunked_cross_entropy
 from longctx.parallel import make_mesh
-from tests.harness import assert_close, check_op
+from tests.harness import assert_close, check_op, pullback_of, random_like
 
 
 def plain(hidden, head, targets):
@@ -40,23 +40,18 @@ def test_equals_plain_loss(chunk):
 def test_vocabulary_over_devices(sizes):
     """Thirty-three tokens do not divide: the last device's part is filled up."""
     args = inputs(2, 12, 16, 33)
-    want = jax.jit(lambda *a: gradients(plain, *a))(*args)
+    cotangent = random_like(args[2].astype(jnp.float32), jax.random.key(1))
+    chunked = pullback_of(functools.partial(chunked_cross_entropy, chunk=7), wrt=(0, 1))
+    want = pullback_of(plain, wrt=(0, 1))(args, cotangent)
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         head = jax.device_put(args[1], NamedSharding(mesh, P(None, "fsdp")))
-        compiled = (
-            jax.jit(lambda *a: gradients(functools.partial(chunked_cross_entropy, chunk=7), *a))
-            .lower(args[0], head, args[2])
-            .compile()
-        )
-        got = compiled(args[0], head, args[2])
+        placed = (args[0], head, args[2])
+        compiled = chunked.lower(placed, cotangent).compile()
+        got = compiled(placed, cotangent)
     assert_close(got, want, 1e-6)
     logits = {int(n) for n in re.findall(r"f32\[[67],(\d+)\]", compiled.as_text())}
     assert math.ceil(33 / sizes["tensor"]) in logits and 33 not in logits, logits
-
-
-def gradients(loss, hidden, head, targets):
-    return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(loss(*x, targets))), (0, 1))(hidden, head)
 
 
 def test_bfloat16_inputs_keep_float32_logits():
