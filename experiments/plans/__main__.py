@@ -96,8 +96,15 @@ PLANS: Mapping[str, tuple[str, RunConfig]] = {
 def main() -> None:
     """Compile, show and write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(PLANS)}; all by default")
-    names = parser.parse_args().names or list(PLANS)
+    parser.add_argument(
+        "names",
+        nargs="*",
+        choices=PLANS,
+        default=list(PLANS),
+        metavar="NAME",
+        help=f"of {', '.join(PLANS)}; all by default",
+    )
+    names = parser.parse_args().names
     rows = {row["name"]: row for row in read_rows(RESULTS)} if RESULTS.exists() else {}
     for name in names:
         topology, config = PLANS[name]

@@ -102,6 +102,27 @@ def test_what_the_device_has_no_room_for_is_named(monkeypatch):
     assert f"| {row['forward_ms']:.3f} | absent: RuntimeError: needs" in table
 
 
+def test_lightning_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    shape = _lightning_peers.Shape(1, 128, heads=2, width=16, dtype=jnp.float32)
+    groups = {"lengths": [shape, shape._replace(length=256)]}
+    monkeypatch.setattr(lightning, "groups_for", lambda platform: groups)
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(out)])
+    lightning.main()
+    short, long = read_rows(out)
+    assert (short["length"], long["length"]) == (128, 256)
+    assert short["copy_bytes_per_second"] == long["copy_bytes_per_second"]
+    floor = 11 * 128 * 2 * 16 * 4 / short["copy_bytes_per_second"] * 1e3
+    assert short["both_floor_ms"] == pytest.approx(floor)
+    assert short["both_of_floor"] == pytest.approx(floor / short["both_ms"])
+    assert f"| 1 x 256, 2 | ours | {long['forward_ms']:.3f} (" in capsys.readouterr().out
+    assert (tmp_path / "rows.png").exists()
+    monkeypatch.setattr(sys, "argv", ["bench", "--groups", "shapes"])
+    with pytest.raises(SystemExit):
+        lightning.main()
+    assert "invalid choice: 'shapes'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_flash_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     out = tmp_path / "rows.jsonl"
