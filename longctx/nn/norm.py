@@ -16,7 +16,8 @@ type NormKind = Literal["srms", "rms", "layer"]
 class SRMSNorm(nnx.Module):
     """x / rms(x), without parameters: SimpleRMSNorm of TransNormerLLM (2307.14995)."""
 
-    def __init__(self, eps: float = 1e-6):
+    def __init__(self, eps: float = 1e-6, *, rngs: nnx.Rngs | None = None):
+        del rngs  # there is nothing to draw; flax's bridge to Linen passes it to every module
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows M"]) -> Float[Array, "*rows M"]:

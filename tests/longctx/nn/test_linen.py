@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from longctx.nn import LightningAttention, RingAttention, SelfAttention
+from longctx.nn import LightningAttention, RingAttention, RMSNorm, SelfAttention, SRMSNorm
 from longctx.parallel import Layout, make_mesh
 from tests.harness import assert_close
 
@@ -48,6 +48,13 @@ def test_init_value_and_gradient(kind):
     value, grads = jax.jit(jax.value_and_grad(total))(variables["params"])
     assert value > 0
     assert all(jnp.max(jnp.abs(g)) > 0 for g in jax.tree.leaves(grads))
+
+
+def test_norms_are_wrapped_alike():
+    norms = nnx.bridge.to_linen(SRMSNorm), nnx.bridge.to_linen(RMSNorm, M)
+    simple, weighted = (norm.init_with_output(jax.random.key(1), X)[0] for norm in norms)
+    want = X / jnp.sqrt(jnp.mean(X**2, axis=-1, keepdims=True))
+    assert_close((simple, weighted), (want, want), 1e-6)
 
 
 @KINDS
