@@ -5,7 +5,7 @@ retrieval; with softmax attention in every eighth layer it reaches 95.7%, where 
 lightning reach 26% to 54%.
 Command: longctx reproduce experiments/hybrids/recall.py --scale small
 Expected: MQAR of at least 0.95 at the trained length for hybrids and softmax; windows below; pure
-lightning below with 64 pairs, about what its states can hold. Some minutes a model on one H100.
+lightning below with 64 pairs, about what its states can hold.
 
 Every model is trained on all the tasks in turn, on bytes, and then scored at its length and beyond.
 Short episodes are practised beside those of the whole length: without them softmax attention

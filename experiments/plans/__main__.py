@@ -1,8 +1,8 @@
 """What training steps need on pods, by the compiler, without a pod: `python -m experiments.plans`.
 
 Every row of results/plans.jsonl is a report of `longctx plan`. Names as arguments remake those
-rows only. Two CPU cores, a few minutes a row; libtpu must be installed, for H100 the CUDA plugin of
-jax and ptxas.
+rows only. Two CPU cores, up to ten minutes a row; libtpu must be installed, for H100 the CUDA
+plugin of jax and ptxas.
 """
 
 import argparse

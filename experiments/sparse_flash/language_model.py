@@ -8,9 +8,9 @@ untied one.
 Command: longctx reproduce experiments/sparse_flash/language_model.py --scale small
 Expected at equal steps: hash within noise of "dense tied"; drop 0.3 close to it, 0.5 and 0.7
 worse in that order. The small scale has 2048 tokens, where 4 buckets hold 512 tokens each as the
-paper's 16 at 8192 do, 11M parameters, 13M bytes of Python and two seeds of every arm. The paper
-scale reads OpenWebText2 and GPT-2's tokenizer from data/openwebtext2.jsonl.zst.tar and
-data/gpt2.json, and is trained arm by arm too:
+paper's 16 at 8192 do, 11M parameters, 13M tokens of Python, a byte each, and two seeds of every
+arm. The paper scale reads OpenWebText2 and GPT-2's tokenizer from data/openwebtext2.jsonl.zst.tar
+and data/gpt2.json, and is trained arm by arm too:
 `longctx train experiments/sparse_flash/language_model.py:"hash nb=16"`.
 """
 

@@ -6,8 +6,9 @@ Command: longctx reproduce experiments/tensorized/language_model.py --scale smal
 Expected: dominance worst of the causal arms, by what block starts lose; mixed radix with the
 self-edge bias near dense; beyond the trained length dense RoPE degrades and digit positions do
 not. Whether the slow hop beats the window alone is the open question; text may have too few
-dependencies beyond the window to tell, for which see long_range.py. The small scale has 11M
-parameters, 2048 tokens in 32 blocks, 13M bytes of Python, and two seeds of the dense arm alone.
+dependencies beyond the window to tell, for which see long_range.py. The small scale has 10M
+parameters, 2048 tokens in 32 blocks, 13M tokens of Python, a byte each, and two seeds of the dense
+arm alone.
 """
 
 import dataclasses

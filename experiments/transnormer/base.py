@@ -3,7 +3,7 @@
 paper: TNL-385M, 100K updates as printed; optimizer settings of the first author's own small TNL,
 since the papers print none; 256 sequences of 1024 (ours: the paper's batch is not printed).
 small: the same architecture at 28M parameters on bytes, 17M tokens of the standard library (ours),
-so that all tables together take minutes of one GPU; small differences stay unresolved with so few.
+so that one GPU is enough for all tables; small differences stay unresolved with so few.
 smoke: two steps of a tiny model, to show that every arm runs.
 """
 

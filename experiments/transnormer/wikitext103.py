@@ -3,8 +3,7 @@
 Claim (2405.17381, table 1): perplexity on validation and test 23.46 and 24.03 for TNL (45.45M
 parameters), 24.40 and 24.78 for the Transformer (44.65M).
 Command: longctx reproduce experiments/transnormer/wikitext103.py --scale paper
-Expected: TNL below the Transformer by about 0.9 and 0.8. 50,000 updates of 65,536 tokens: a few
-hours on one H100.
+Expected: TNL below the Transformer by about 0.9 and 0.8. 50,000 updates of 65,536 tokens.
 
 The settings are those of the first author's script for this benchmark: GPT-2's tokens, 128
 sequences of 512, Adam (0.9, 0.98), 5e-4 after 4000 steps of warm-up, then the inverse square root,

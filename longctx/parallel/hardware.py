@@ -43,9 +43,10 @@ class Hardware:
 
 
 # By a part of jax's device kind. Peaks, memory and links from the makers' sheets, one way per link
-# (TPU: an axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). Measured on H100s and
-# H200s: the permute, 297 GB/s; on H100s that copies reach 80% of the memory rate. Fitted to rows of
-# 2026-11-27 and 28, all of which test_cost.py meets within 10%: shares, keys, mask and latency.
+# (TPU: an axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). On H100s and H200s
+# copies are taken to reach 80% of that and permutes 66%: a ring's moves alone had 277 to 341 GB/s.
+# Shares, keys, mask and latency are fitted to rows of 2026-11-27 and 28; test_cost.py meets them
+# within 10%.
 _H100 = Hardware(
     "H100", 989e12, 2.68e12, permute=297e9, exchange=297e9, latency=15e-6,
     mask=52e-6, island=8, between=50e9,
