@@ -201,7 +201,8 @@ def _both(check: Check, backend: str, arrays: Sequence[jax.Array]) -> tuple[Any,
         return check.operator(backend, *arrays), ()
     out, pullback = jax.vjp(lambda *a: check.operator(backend, *a), *arrays)
     leaves, tree = jax.tree.flatten(out)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # With this key the gradients of the decays, sums that cancel, do not vanish by chance.
+    keys = jax.random.split(jax.random.key(8), len(leaves))
     # Rounded like the inputs, so that operator and definition get the same cotangent; by a cast
     # alone XLA need not round.
     number = jnp.finfo(check.dtype)

@@ -19,7 +19,7 @@ from pallas_kernels.lightning_attention import (
     printed_log_decay,
 )
 from pallas_kernels.lightning_attention.tiles import XlaTiles
-from tests.harness import assert_close, check_op
+from tests.harness import assert_close, check_op, pullback_of
 from tests.pallas_kernels.lightning_attention.cases import (
     TOLERANCE,
     Case,
@@ -43,6 +43,15 @@ def test_packed_with_state(length, dtype):
         wrt=range(5),
         tolerance=TOLERANCE[dtype],
     )
+
+
+def test_gradients_of_the_definition_keep_few_of_its_states():
+    case = Case(1024, batch=1, key_width=32, value_width=32)
+    args = case.draw()
+    out = jax.eval_shape(attend("reference"), *args)
+    compiled = pullback_of(attend("reference"), range(5)).lower(args, out).compile()
+    states = case.length * args[-1].nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < states / 4
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: d.__name__)
