@@ -6,8 +6,7 @@ with S = 0 before the first token of each packed document.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +52,15 @@ def fwd(
 
     time_first = [jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v)]
     tokens = (jnp.arange(T, dtype=jnp.int32), doc_start.T, *time_first)
-    state, o = _scan(step, state, tokens, T)
+    state, o = _scan(step, state, tokens)
     return jnp.moveaxis(o, 0, 1).astype(v.dtype), state
 
 
-def _scan(step: Callable, state: Array, tokens: Any, length: int) -> tuple[Array, Array]:
+def _scan(step: Callable, state: Array, tokens: Sequence[Array]) -> tuple[Array, Array]:
     """`lax.scan` in runs of up to sqrt(T) tokens; gradients keep a state of each, not all T."""
+    length = len(tokens[0])
     size = max(n for n in range(1, math.isqrt(length) + 1) if length % n == 0)
-    runs = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tokens)
+    runs = [x.reshape(-1, size, *x.shape[1:]) for x in tokens]
     run = jax.checkpoint(lambda state, tokens: lax.scan(step, state, tokens))
     state, o = lax.scan(run, state, runs)
     return state, o.reshape(length, *o.shape[2:])

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.harness import assert_close, random_like
+from tests.harness import assert_close, pullback_of, random_like
 from tests.pallas_kernels.lightning_attention.cases import Case, attend, final_state
 
 pytestmark = [
@@ -17,12 +17,6 @@ pytestmark = [
 ]
 TOKENS, STATES, HEADS, ROWS = P("data", None, "tensor"), P("data", "tensor"), P("tensor"), P("data")
 SPECS = (TOKENS, TOKENS, TOKENS, HEADS, STATES, ROWS)
-
-
-def value_and_pullback(function, args, cotangent):
-    """Value, and cotangents of all arguments but the last, doc_start."""
-    out, pullback = jax.vjp(lambda *some: function(*some, args[-1]), *args[:-1])
-    return out, pullback(cotangent)
 
 
 @pytest.fixture
@@ -43,7 +37,8 @@ def test_equals_one_device(axis_type, what):
     if what == "state":
         function, args, specs, out_specs = final_state("auto"), args[1:], SPECS[1:], STATES
     cotangent = random_like(jax.eval_shape(function, *args), jax.random.key(0))
-    wanted = jax.jit(functools.partial(value_and_pullback, function))(args, cotangent)
+    wrt = range(len(args) - 1)  # all but doc_start
+    wanted = pullback_of(function, wrt)(args, cotangent)
 
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(axis_type,) * 2)
     sharded = jax.shard_map(
@@ -52,8 +47,7 @@ def test_equals_one_device(axis_type, what):
     place = functools.partial(jax.tree.map, lambda x, s: jax.device_put(x, NamedSharding(mesh, s)))
     with jax.set_mesh(mesh):
         args, cotangent = place(args, specs), place(cotangent, out_specs)
-        run = jax.jit(functools.partial(value_and_pullback, sharded))
-        compiled = run.lower(args, cotangent).compile()
+        compiled = pullback_of(sharded, wrt).lower(args, cotangent).compile()
         got = compiled(args, cotangent)
     assert_close(jax.tree.map(np.asarray, got), wanted, 1e-12)
     text = compiled.as_text()
