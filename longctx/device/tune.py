@@ -230,10 +230,10 @@ def forward_tiles(width: int) -> list[dict[str, Any]]:
 
     A thread holds width / 2 registers of o, kv / 2 of scores and kv / 4 of p.
     """
-    sizes = itertools.product(((128, 240), (192, 160)), (64, 128, 256), (2, 3), (1, 2))
+    sizes = itertools.product(((128, 240), (192, 160)), (64, 128, 256), (2, 3))
     return [
-        {"forward": flash.KernelTiles(q=q, kv=kv, stages=stages, run=run)}
-        for (q, registers), kv, stages, run in sizes
+        {"forward": flash.KernelTiles(q=q, kv=kv, stages=stages)}
+        for (q, registers), kv, stages in sizes
         if 2 * width * (q + 2 * kv * stages) <= SMEM_BYTES and width // 2 + 3 * kv // 4 < registers
     ]
 

@@ -1,18 +1,21 @@
 """The forward pass on Hopper: n compute warpgroups, of 64 query rows each, and one for TMA.
 
-    grid        (head groups, runs of query tiles, heads of a group): the keys and values of the
-                heads that run side by side stay in L2; heavy query tiles first
+    grid        (blocks,), each of which takes query tiles one after another, in the order (head
+                groups, query tiles, heads of a group): the keys and values of the heads that run
+                side by side stay in L2; heavy query tiles first
     GMEM        q, k, v, o [B, T, H, D], lse [B, H, T]; read and written where they lie, by TMA,
                 which reads zeros behind the last row and writes nothing there
     SMEM        q: 64 rows per warpgroup; k, v: rings of `stages` key tiles, filled by TMA;
-                in runs: the o of the tile before, on its way out
+                where blocks stay: the o of the tile before, on its way out
     registers   per compute warpgroup: o [64, E] float32, the scores and p [64, kv]
 
 The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
 Within a warpgroup the scores of a tile are multiplied together with `p v` of the tile before.
 Key tiles run from last to first: the masked ones at the diagonal start, those that need no
-mask follow in a loop of their own. In a run of query tiles the next one is loaded while the one
-before is finished. Keys may lie in several arrays: then a table has the order of their pieces.
+mask follow in a loop of their own. The exponents of a row are relative to a maximum that follows
+the true one only where that grew by `GROWTH`: few steps have to rescale o. The next query tile
+of a block is loaded while the one before is finished. Keys may lie in several arrays: then a table
+has the order of their pieces.
 """
 
 import functools
@@ -24,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._ptx import named_barrier, rescaled, settle
 from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     LOG2E,
@@ -33,6 +37,7 @@ from pallas_kernels.flash_attention.gpu_common import (
     SMEM_BYTES,
     SMS,
     SWIZZLED,
+    SWIZZLED_FLOAT32,
     WGMMA,
     Visible,
     accumulate,
@@ -46,9 +51,11 @@ from pallas_kernels.flash_attention.gpu_common import (
     smem,
     tile_bounds,
 )
+from pallas_kernels.flash_attention.gpu_schedule import each_item, telling
 from pallas_kernels.flash_attention.pieces import MOST_PIECES, Pieces
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 
+GROWTH = 8.0  # as an exponent of 2: so large may p be, which is as exact in any binade
 PIECE_BITS = (MOST_PIECES - 1).bit_length()
 
 
@@ -80,13 +87,12 @@ def forward(
     _, keys, _, width = v_arrays[0].shape
     warpgroups, stages, group = tiles.q // ROWS, tiles.stages, tiles.head_group(spec, keys)
     shape = (ROWS, tiles.kv)
-    by_tma = spec.out_dtype == q.dtype and width == key_width  # float32 leaves as fast without
-    # Where query tiles are few, or all take as long, runs of them would end later than they save.
-    uneven = visible is not None or spec.causal or spec.window is not None
-    size = tiles.q * (key_width + width) + stages * tiles.kv * (key_width + width)
-    room = q.dtype.itemsize * size <= SMEM_BYTES - 2**11  # and barriers
-    in_runs = by_tma and carry is None and uneven and room and batch * heads * count >= 3 * SMS
-    run = tiles.run if in_runs else 1
+    size = (tiles.q * key_width + stages * tiles.kv * (key_width + width)) * q.dtype.itemsize
+    size += tiles.q * width * spec.out_dtype.itemsize
+    items = batch * heads * count
+    stay = items > SMS and size <= SMEM_BYTES - 2**11  # and barriers
+    blocks = SMS if stay else items
+    through_q = spec.out_dtype == q.dtype and width == key_width  # o of a block that does not stay
     operands = q, k_arrays, v_arrays, k_order, visible, *(carry or (None, None))
     arrays, structure = jax.tree.flatten(operands)
 
@@ -94,31 +100,26 @@ def forward(
         q_gmem, k_gmems, v_gmems, order, ranges, o_in, lse_in = jax.tree.unflatten(
             structure, refs[: len(arrays)]
         )
-        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, full, empty, spare = refs[len(arrays) :]
-        q_full, k_full, v_full = full
-        q_empty, k_empty, v_empty, turn = empty
-        index = lax.axis_index("group") * group + lax.axis_index("head")
-        b, h = lax.div(index, heads), lax.rem(index, heads)
-        latest = count - 1 - lax.axis_index("run") * run
+        o_gmem, lse_gmem, (q_smem, k_smem, v_smem), o_smem, *barriers, spare = refs[len(arrays) :]
+        (q_full, k_full, v_full), (q_empty, k_empty, v_empty, turn), items_told = barriers
         warpgroup = lax.axis_index("warpgroup")
 
-        def walk(visit):
-            """visit(n, query tile, its bounds, key tiles before) for each of the block's."""
+        def place(item):
+            """The batch member, head and query tile of an item, and the bounds of its key tiles."""
+            row, head = lax.div(item, group), lax.rem(item, group)
+            head += group * lax.div(row, count)
+            b, h, tile = lax.div(head, heads), lax.rem(head, heads), count - 1 - lax.rem(row, count)
+            start, full_start, full_stop, stop = tile_bounds(
+                ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
+            )
+            # A tile without keys runs one step that is masked whole, and so writes its zeros.
+            start = jnp.minimum(start, pl.cdiv(len(k_gmems) * keys, tiles.kv) - 1)
+            stop = jnp.maximum(stop, start + 1)
+            return (b, h, tile), (start, full_start, full_stop, stop)
 
-            def one(n, before):
-                tile = latest - n
-                start, full_start, full_stop, stop = tile_bounds(
-                    ranges, b, h, tile, lambda: row_tile_bounds(spec, tiles, tile)
-                )
-                # A tile without keys runs one step that is masked whole, and so writes its zeros.
-                start = jnp.minimum(start, pl.cdiv(len(k_gmems) * keys, tiles.kv) - 1)
-                stop = jnp.maximum(stop, start + 1)
-                visit(n, tile, (start, full_start, full_stop, stop), before)
-                return before + stop - start
-
-            if run == 1:
-                return one(0, 0)
-            return lax.fori_loop(0, jnp.minimum(run, latest + 1), one, jnp.int32(0))
+        def slot_of(step):
+            # Not by a division where a mask does: it stands between a turn and its first product.
+            return step & (stages - 1) if stages.bit_count() == 1 else lax.rem(step, stages)
 
         @pl.when(warpgroup == warpgroups)
         def _load():
@@ -138,11 +139,11 @@ def forward(
                 key = piece * size + lax.rem(key, size)
                 return lax.div(key, keys), lax.rem(key, keys)
 
-            def load(n, tile, bounds, before):
-                start, _, _, stop = bounds
+            def load(item, before):
+                (b, h, tile), (start, _, _, stop) = place(item)
 
                 def load_keys(step, gmems, ring, ready, free):
-                    slot = lax.rem(before + step, stages)
+                    slot = slot_of(before + step)
                     array, key = find((stop - 1 - step) * tiles.kv)
                     at = b, pl.ds(key, tiles.kv), lax.div(h, spec.group)
                     wait = functools.partial(plgpu.barrier_wait, free.at[slot])
@@ -157,8 +158,8 @@ def forward(
                 # In the order in which the query tile before has done with the SMEM.
                 load_keys(0, *rings[0])
                 for w in range(warpgroups):
-                    if run > 1:
-                        pl.when(n > 0)(functools.partial(plgpu.barrier_wait, q_empty.at[w]))
+                    if stay:
+                        pl.when(before > 0)(functools.partial(plgpu.barrier_wait, q_empty.at[w]))
                     rows = pl.ds(skip + tile * tiles.q + w * ROWS, ROWS)
                     plgpu.copy_gmem_to_smem(q_gmem.at[b, rows, h], q_smem.at[w], q_full.at[w])
                 load_keys(0, *rings[1])
@@ -168,46 +169,53 @@ def forward(
                         load_keys(step, *ring)
 
                 lax.fori_loop(1, stop - start, both, None)
+                return before + stop - start
 
-            steps = walk(load)
+            steps = each_item(items, blocks, items_told, load, takes=True)
             awaited(k_empty, steps, stages)
             awaited(v_empty, steps, stages)
-            for w in range(warpgroups if run > 1 else 0):
+            for w in range(warpgroups if stay else 0):
                 plgpu.barrier_wait(q_empty.at[w])
 
         @pl.when(warpgroup < warpgroups)
         def _compute():
             plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
             q_own = q_smem.at[warpgroup]
-            through = q_own if o_smem is None else o_smem.at[warpgroup]
+            through = o_smem.at[warpgroup] if stay else q_own if through_q else None
             p_spare, o_spare = (None if x is None else x.at[warpgroup] for x in spare)
             scale = exponent_scale(spec)
 
             def take_turn():
-                if warpgroups > 1:
+                if turn is not None:
                     plgpu.barrier_wait(turn.at[warpgroup])
+                elif warpgroups > 1:
+                    named_barrier("sync", warpgroup, 2)
 
             def pass_turn():
-                if warpgroups > 1:
-                    plgpu.barrier_arrive(turn.at[lax.rem(warpgroup + 1, warpgroups)])
+                after = lax.rem(warpgroup + 1, warpgroups)
+                if turn is not None:
+                    plgpu.barrier_arrive(turn.at[after])
+                elif warpgroups > 1:
+                    named_barrier("arrive", after, 2)
 
             def multiply_scores(s_acc, slot):
                 plgpu.wgmma(s_acc, q_own, k_smem.at[slot].transpose((1, 0)))
 
-            def attend(n, tile, bounds, before):
-                start, full_start, full_stop, stop = bounds
+            def attend(item, before):
+                (b, h, tile), (start, full_start, full_stop, stop) = place(item)
                 steps = stop - start
                 first_row = tile * tiles.q + warpgroup * ROWS
                 rows = pl.ds(first_row, ROWS)
 
                 def soften(s, m, l, step, masked):
-                    """p = 2^(scale s - m), the new maximum m and sum l, and what o shrinks by."""
+                    """p = 2^(scale s - m), the new reference m and sum l, and what o shrinks by."""
                     s = capped(s, spec)
                     if masked:
                         key = (stop - 1 - step) * tiles.kv
                         mask = seen(spec, ranges, b, h, shape, 0, first_row, key)
                         s = jnp.where(mask, s, -jnp.inf)
                     new_m = jnp.maximum(m, s.max(axis=1) * scale)
+                    new_m = jnp.where(new_m - m > GROWTH, new_m, m)
                     anchor = jnp.where(new_m == -jnp.inf, 0.0, new_m) if masked else new_m
                     shrink = jnp.exp2(m - anchor)
                     p = jnp.exp2(s * scale - per_row(anchor, shape))
@@ -231,7 +239,7 @@ def forward(
                             o = plgpu.load(o_in.at[b, at, h], layout=WGMMA, optimized=False)
                             o_acc[...] = o
 
-                    slot = lax.rem(before, stages)
+                    slot = slot_of(before)
 
                     def first(s_acc):
                         multiply_scores(s_acc, slot)
@@ -240,7 +248,7 @@ def forward(
 
                     plgpu.barrier_wait(q_full.at[warpgroup])
                     plgpu.barrier_wait(k_full.at[slot])
-                    pl.when((warpgroup > 0) | (n > 0))(take_turn)
+                    pl.when((warpgroup > 0) | (before > 0))(take_turn)
                     s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(k_empty.at[slot])
                     p, m, l, shrink = soften(s, m, l, 0, True)
@@ -250,7 +258,7 @@ def forward(
 
                     def step(masked, i, state):
                         p, m, l = state
-                        slot, last = (lax.rem(before + x, stages) for x in (i, i - 1))
+                        slot, last = slot_of(before + i), slot_of(before + i - 1)
 
                         def multiply(s_acc):
                             multiply_scores(s_acc, slot)
@@ -264,9 +272,15 @@ def forward(
                         s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                         plgpu.barrier_arrive(k_empty.at[slot])
                         new_p, m, l, shrink = soften(s, m, l, i, masked)
+                        if interpret is None:
+                            settle(l)
                         o = o_acc[...]
                         plgpu.barrier_arrive(v_empty.at[last])
-                        o_acc[...] = o * per_row(shrink, (ROWS, width))
+                        o_acc[...] = (
+                            rescaled(o, shrink)
+                            if interpret is None
+                            else o * per_row(shrink, (ROWS, width))
+                        )
                         # Only now: the registers of the old p were in use by its product.
                         return new_p.astype(q.dtype), m, l
 
@@ -277,9 +291,9 @@ def forward(
                     if visible is not None or spec.window is not None:
                         state = lax.fori_loop(full_to, steps, functools.partial(step, True), state)
                     p, m, l = state
-                    if run > 1:
+                    if stay:
                         plgpu.barrier_arrive(q_empty.at[warpgroup])
-                    last = lax.rem(before + steps - 1, stages)
+                    last = slot_of(before + steps - 1)
                     plgpu.barrier_wait(v_full.at[last])
                     accumulate(o_acc, p, v_smem.at[last], p_spare)
                     o = o_acc[...]
@@ -289,19 +303,21 @@ def forward(
                 o, m, l = accumulators(compute, [(ROWS, width)], [o_spare])
                 lse_gmem.at[b, h, rows][...] = m * (1 / LOG2E) + jnp.log(l)
                 o = o * per_row(1 / jnp.where(l == 0.0, 1.0, l), (ROWS, width))
-                if not by_tma:
+                if through is None:
                     o_gmem.at[b, rows, h][...] = o.astype(spec.out_dtype)
-                    return
+                    return before + steps
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 through[...] = o.astype(spec.out_dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(through, o_gmem.at[b, rows, h])
+                return before + steps
 
-            walk(attend)
+            each_item(items, blocks, items_told, attend, takes=False)
             pl.when(warpgroup == 0)(take_turn)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     operand = functools.partial(smem, dtype=q.dtype, transforms=SWIZZLED)
+    o_transforms = SWIZZLED if spec.out_dtype.itemsize == 2 else SWIZZLED_FLOAT32
     one_each = functools.partial(plgpu.Barrier, num_barriers=warpgroups)
     ring = functools.partial(plgpu.Barrier, num_barriers=stages)
     return plgpu.kernel(
@@ -316,14 +332,17 @@ def forward(
                 operand(stages, tiles.kv, key_width),
                 operand(stages, tiles.kv, width),
             ),
-            None if run == 1 else operand(warpgroups, ROWS, width),
+            smem(warpgroups, ROWS, width, dtype=spec.out_dtype, transforms=o_transforms)
+            if stay
+            else None,
             (one_each(), ring(), ring()),
             (
                 one_each(),
                 ring(num_arrivals=warpgroups),
                 ring(num_arrivals=warpgroups),
-                one_each(),
+                None if interpret is None else one_each(),
             ),
+            telling(warpgroups) if stay and interpret is None else None,
             (None, None)
             if interpret is None
             else (
@@ -331,10 +350,10 @@ def forward(
                 smem(warpgroups, ROWS, width, dtype=jnp.float32),
             ),
         ),
-        grid=(batch * heads // group, pl.cdiv(count, run), group),
-        grid_names=("group", "run", "head"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )(*arrays)

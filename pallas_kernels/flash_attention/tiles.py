@@ -68,7 +68,6 @@ class KernelTiles(Tiles):
 
     stages: int = 2
     early_stages: int = 2  # of the ring of v where dq has its own kernel: v is done with early
-    run: int = 1  # query tiles that a block of the forward takes one after another, at most
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,7 +75,7 @@ class KernelTiles(Tiles):
             size = getattr(self, name)
             if size % 64:
                 raise ValueError(f"KernelTiles.{name}={size} must be a multiple of 64")
-        for name in ("stages", "early_stages", "run"):
+        for name in ("stages", "early_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"KernelTiles.{name}={getattr(self, name)} must be positive")
 
@@ -123,7 +122,7 @@ GPU_TILES = {  # by the larger padded head width; measured on an H100
         rows=KernelTiles(q=128, kv=128),
     ),
     128: GpuTiles(
-        forward=KernelTiles(q=128, kv=128, run=2),
+        forward=KernelTiles(q=128, kv=128),
         keys=KernelTiles(q=64, kv=128),
         rows=KernelTiles(q=128, kv=128),
     ),

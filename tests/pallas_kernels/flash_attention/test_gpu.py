@@ -131,15 +131,17 @@ def test_interpreted_last_block_of_a_chain(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
-def test_runs_of_query_tiles(capfd, monkeypatch):
-    """Three tiles in blocks of two, one of which ends early."""
-    monkeypatch.setattr(gpu_forward, "SMS", 0)
+@pytest.mark.parametrize("dtype", [None, jnp.float32], ids=["half", "float32"])
+def test_blocks_that_stay(capfd, monkeypatch, dtype):
+    """Two blocks for six query tiles, whose number of key tiles is odd and even."""
+    monkeypatch.setattr(gpu_forward, "SMS", 2)
     q, k, v = half(1, 300, 300, heads=2, kv_heads=1)
     spec = make_spec(q, k, v, None)
-    tiles = dataclasses.replace(TOGETHER, forward=KernelTiles(q=128, kv=64, run=2))
+    spec = dataclasses.replace(spec, out_dtype=jnp.dtype(dtype or q.dtype))
     run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
-    found = gpu.fwd(q, k, v, None, None, None, spec=spec, tiles=tiles, **run)
-    assert_close(found, reference.fwd(q, k, v, None, None, None, spec=spec), TOLERANCE[q.dtype][0])
+    found = gpu.fwd(q, k, v, None, None, None, spec=spec, tiles=TOGETHER, **run)
+    want = reference.fwd(q, k, v, None, None, None, spec=spec)
+    assert_close(found, want, TOLERANCE[q.dtype][0])
     assert "RACE" not in capfd.readouterr().out
 
 
