@@ -1,4 +1,7 @@
-"""The only file that imports Pallas and its backends: an API rename there is one edit here."""
+"""The only file that imports Pallas and its backends: an API rename there is one edit here.
+
+What it has no words for on Hopper GPUs is in `_ptx.py`, which imports what lies beneath it.
+"""
 
 from collections.abc import Sequence
 
