@@ -29,8 +29,9 @@ def telling(listeners: int) -> tuple:
 def each_item(items: int, blocks: int, scratch: Any, visit: Callable, *, takes: bool) -> Any:
     """`steps = visit(item, steps)`, which adds to steps, for each item of this block; the last.
 
-    `blocks` run at once, along the grid axis "block". All warpgroups of a block call this; one of
-    them `takes`. `scratch` is as `telling` declares it, or None in the interpreter.
+    `blocks` are in the grid, along its axis "block": as many as run at once, or one per item. All
+    warpgroups of a block call this; one of them `takes`. `scratch` is as `telling` declares it, or
+    None in the interpreter.
     """
 
     def next_item(item, steps):
