@@ -1,16 +1,21 @@
 """Instructions of Hopper GPUs for which Pallas has no words. The interpreter knows none of them."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import FragmentedArray, ThreadSubset, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, scf, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels._pallas import plgpu
 
 WGMMA = plgpu.Layout.WGMMA
+PER_ROW = WGMMA.reduce(1)
 SCALAR = plgpu.Layout.WG_SPLAT(())
+ROW_THREADS = 4  # hold a row of a WGMMA accumulator
 FREE_BARRIERS = 8  # the first of the 16 named barriers that the compiler does not use itself
 
 
@@ -62,56 +67,73 @@ def named_barrier(operation: str, index: jax.Array, warpgroups: int) -> None:
     meet(FREE_BARRIERS + index)
 
 
-@plgpu.inline_mgpu(arg_types=(WGMMA.reduce(1),))
-def settle(_, x):
-    """Nothing that follows begins before x is known: float32 per row, not negative.
+def any_above(x: jax.Array, limit: float) -> jax.Array:
+    """Whether something of x, float32 per row, in this warp is above the limit or not a number.
 
-    The compiler moves a wait for the tensor cores ahead of what does not need it, though that
-    could be done meanwhile; but not out of a loop, which this one never repeats.
+    Other warps may get another answer: what depends on it must not wait for them.
     """
-    utils.inline_ptx(
-        "{ .reg .pred p, q; again: setp.lt.f32 p, $0, 0f00000000;"
-        " setp.lt.or.f32 p, $1, 0f00000000, p; vote.sync.any.pred q, p, -1; @q bra again; }",
-        *_scalars(x),
-        has_side_effects=True,
-        convergent=True,
-    )
-
-
-def rescaled(x: jax.Array, factors: jax.Array) -> jax.Array:
-    """x times a factor per row, both float32; a warp whose rows all have the factor 1 skips it."""
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, WGMMA.reduce(1)),
-        return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, WGMMA),
+        arg_types=(PER_ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, SCALAR)
     )
-    def multiply(_, x, factors):
-        int32 = ir.IntegerType.get_signless(32)
-        some = utils.inline_ptx(
-            "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3F800000;"
-            " setp.neu.or.f32 p, $2, 0f3F800000, p; vote.sync.any.pred q, p, -1;"
-            " selp.b32 $0, 1, 0, q; }",
-            *_scalars(factors),
-            result_types=int32,
+    def vote(_, x):
+        bound = f"0f{np.float32(limit).view(np.uint32):08X}"
+        value = utils.inline_ptx(
+            f"{{ .reg .pred p; setp.gtu.f32 p, $1, {bound}; setp.gtu.or.f32 p, $2, {bound}, p;"
+            " vote.sync.any.pred p, p, -1; selp.b32 $0, 1, 0, p; }",
+            *_scalars(x),
+            result_types=ir.IntegerType.get_signless(32),
             has_side_effects=True,
             convergent=True,
         )
-        given = list(x.registers.flat)
-        branch = scf.IfOp(
-            arith.cmpi(arith.CmpIPredicate.ne, some, utils.c(0, int32)),
-            [register.type for register in given],
-            has_else=True,
-        )
-        with ir.InsertionPoint(branch.then_block):
-            product = x * factors.broadcast_in_dim(x.shape, (0,), x.layout)
-            scf.YieldOp(list(product.registers.flat))
-        assert branch.else_block is not None
-        with ir.InsertionPoint(branch.else_block):
-            scf.YieldOp(given)
-        registers = np.array(list(branch.results), dtype=object).reshape(x.registers.shape)
-        return FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
+        return FragmentedArray.splat(value, (), is_signed=True)
 
-    return multiply(x, factors)
+    return vote(x) != 0
+
+
+def thread_sums(x: jax.Array) -> jax.Array:
+    """Per row of x, float32 [64, n], the sum of what a thread holds: each of `ROW_THREADS` its own.
+
+    The type of the result cannot say so. Elementwise it is used as if it were the sum of a row, of
+    which its values are the terms, until `row_sums`.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(x.shape[:1], x.dtype, PER_ROW)
+    )
+    def add(_, x):
+        values = np.array(_scalars(x)).reshape(-1, 2, 2)  # of every eighth column two, in two rows
+        return _per_row([_sum(values[:, row].flat) for row in range(2)], x.layout.reduce((1,)))
+
+    return add(x)
+
+
+@plgpu.inline_mgpu(
+    arg_types=(PER_ROW,), return_type=plgpu.ShapeDtypeStruct((64,), jnp.float32, PER_ROW)
+)
+def row_sums(_, parts):
+    """The sums of rows, of which each thread has a part: see `thread_sums`."""
+    values: list[ir.Value] = _scalars(parts)
+    for distance in (1, 2):  # to the threads of a row, which are neighbours
+        values = [_sum((x, utils.shfl_bfly(x, distance))) for x in values]
+    return _per_row(values, parts.layout)
+
+
+def _sum(values: Iterable[ir.Value]) -> ir.Value:
+    """In pairs: the chain of additions is short."""
+    values = list(values)
+    while len(values) > 1:
+        odd = values[len(values) & ~1 :]
+        values = [*map(arith.addf, values[::2], values[1::2]), *odd]
+    return values[0]
+
+
+def _per_row(values: list[ir.Value], layout: Any) -> FragmentedArray:
+    """Of two scalars, one for each row of a thread."""
+    shape = layout.registers_shape((64,))
+    registers = [vector.from_elements(ir.VectorType.get((1,), x.type), [x]) for x in values]
+    registers = np.array(registers, dtype=object).reshape(shape)
+    return FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 def _scalars(x: FragmentedArray) -> list[ir.Value]:

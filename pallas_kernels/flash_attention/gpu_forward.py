@@ -12,10 +12,11 @@
 The warpgroups take turns on the tensor cores: while one multiplies, the others exponentiate.
 Within a warpgroup the scores of a tile are multiplied together with `p v` of the tile before.
 Key tiles run from last to first: the masked ones at the diagonal start, those that need no
-mask follow in a loop of their own. The exponents of a row are relative to a maximum that follows
-the true one only where that grew by `GROWTH`: few steps have to rescale o. The next query tile
-of a block is loaded while the one before is finished. Keys may lie in several arrays: then a table
-has the order of their pieces.
+mask follow in a loop of their own. The exponents of a row are relative to the maximum of its first
+key tile: a step first takes its exponentials without looking for a new one, and only if their sum
+is above `MOST` does a warp look, take them again and rescale o. That is as exact: all sums are of
+floating point numbers, which have room for it. The next query tile of a block is loaded while the
+one before is finished. Keys may lie in several arrays: then a table has the order of their pieces.
 """
 
 import functools
@@ -27,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels._pallas import pl, plgpu
-from pallas_kernels._ptx import named_barrier, rescaled, settle
+from pallas_kernels._ptx import ROW_THREADS, any_above, named_barrier, row_sums, thread_sums
 from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     LOG2E,
@@ -55,7 +56,7 @@ from pallas_kernels.flash_attention.gpu_schedule import each_item, telling
 from pallas_kernels.flash_attention.pieces import MOST_PIECES, Pieces
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 
-GROWTH = 8.0  # as an exponent of 2: so large may p be, which is as exact in any binade
+MOST = 2.0**12  # of the p that a thread sums up; float16 has room for it
 PIECE_BITS = (MOST_PIECES - 1).bit_length()
 
 
@@ -198,6 +199,15 @@ def forward(
                 elif warpgroups > 1:
                     named_barrier("arrive", after, 2)
 
+            parts = ROW_THREADS if interpret is None else 1  # that a row's l consists of
+
+            def sums(p):
+                """Of rows: on a GPU of each thread's part of them, to be joined at last."""
+                return thread_sums(p) if interpret is None else p.sum(axis=1)
+
+            def above(total):
+                return any_above(total, MOST) if interpret is None else ~jnp.all(total <= MOST)
+
             def multiply_scores(s_acc, slot):
                 plgpu.wgmma(s_acc, q_own, k_smem.at[slot].transpose((1, 0)))
 
@@ -207,19 +217,30 @@ def forward(
                 first_row = tile * tiles.q + warpgroup * ROWS
                 rows = pl.ds(first_row, ROWS)
 
-                def soften(s, m, l, step, masked):
-                    """p = 2^(scale s - m), the new reference m and sum l, and what o shrinks by."""
+                def scores(s, step, masked):
                     s = capped(s, spec)
-                    if masked:
-                        key = (stop - 1 - step) * tiles.kv
-                        mask = seen(spec, ranges, b, h, shape, 0, first_row, key)
-                        s = jnp.where(mask, s, -jnp.inf)
+                    if not masked:
+                        return s
+                    key = (stop - 1 - step) * tiles.kv
+                    mask = seen(spec, ranges, b, h, shape, 0, first_row, key)
+                    return jnp.where(mask, s, -jnp.inf)
+
+                def weights(s, m):
+                    """p = 2^(scale s - m) and its sums."""
+                    p = jnp.exp2(s * scale - per_row(m, shape))
+                    return p, sums(p)
+
+                def anchor(m):
+                    return jnp.where(m == -jnp.inf, 0.0, m)
+
+                def grown(s, m, l):
+                    """p relative to the maximum so far, that maximum, and the sum l so far."""
                     new_m = jnp.maximum(m, s.max(axis=1) * scale)
-                    new_m = jnp.where(new_m - m > GROWTH, new_m, m)
-                    anchor = jnp.where(new_m == -jnp.inf, 0.0, new_m) if masked else new_m
-                    shrink = jnp.exp2(m - anchor)
-                    p = jnp.exp2(s * scale - per_row(anchor, shape))
-                    return p, new_m, l * shrink + p.sum(axis=1), shrink
+                    p, total = weights(s, anchor(new_m))
+                    return p, new_m, l * jnp.exp2(m - anchor(new_m)) + total
+
+                def rescaled(o, m, new_m):
+                    return o * per_row(jnp.exp2(m - anchor(new_m)), (ROWS, width))
 
                 def compute(o_acc):
                     if carry is None:
@@ -232,7 +253,7 @@ def forward(
                         carried = fresh == 0 or tile >= fresh
                         if fresh:
                             m += jnp.where(carried, 0.0, -jnp.inf)
-                        l = jnp.where(m == -jnp.inf, 0.0, 1.0)
+                        l = jnp.where(m == -jnp.inf, 0.0, 1 / parts)
 
                         @pl.when(carried)
                         def _continue():
@@ -251,10 +272,10 @@ def forward(
                     pl.when((warpgroup > 0) | (before > 0))(take_turn)
                     s = pl.run_scoped(first, plgpu.ACC(shape, jnp.float32))
                     plgpu.barrier_arrive(k_empty.at[slot])
-                    p, m, l, shrink = soften(s, m, l, 0, True)
+                    p, new_m, l = grown(scores(s, 0, True), m, l)
                     p = p.astype(q.dtype)
                     if carry is not None:
-                        o_acc[...] = o_acc[...] * per_row(shrink, (ROWS, width))
+                        o_acc[...] = rescaled(o_acc[...], m, new_m)
 
                     def step(masked, i, state):
                         p, m, l = state
@@ -271,22 +292,22 @@ def forward(
                         take_turn()
                         s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                         plgpu.barrier_arrive(k_empty.at[slot])
-                        new_p, m, l, shrink = soften(s, m, l, i, masked)
-                        if interpret is None:
-                            settle(l)
+                        s = scores(s, i, masked)
+                        new_p, total = weights(s, m)
+                        grew = above(total)  # warps may differ: no branch waits for another
+                        new_p, new_m, l = lax.cond(
+                            grew, lambda: grown(s, m, l), lambda: (new_p, m, l + total)
+                        )
                         o = o_acc[...]
                         plgpu.barrier_arrive(v_empty.at[last])
-                        o_acc[...] = (
-                            rescaled(o, shrink)
-                            if interpret is None
-                            else o * per_row(shrink, (ROWS, width))
-                        )
+                        o_acc[...] = lax.cond(grew, lambda: rescaled(o, m, new_m), lambda: o)
                         # Only now: the registers of the old p were in use by its product.
-                        return new_p.astype(q.dtype), m, l
+                        return new_p.astype(q.dtype), new_m, l
 
                     masked_to = jnp.maximum(stop - full_stop, 1)
                     full_to = jnp.maximum(stop - full_start, masked_to)
-                    state = lax.fori_loop(1, masked_to, functools.partial(step, True), (p, m, l))
+                    state = p, new_m, l
+                    state = lax.fori_loop(1, masked_to, functools.partial(step, True), state)
                     state = lax.fori_loop(masked_to, full_to, functools.partial(step, False), state)
                     if visible is not None or spec.window is not None:
                         state = lax.fori_loop(full_to, steps, functools.partial(step, True), state)
@@ -298,7 +319,7 @@ def forward(
                     accumulate(o_acc, p, v_smem.at[last], p_spare)
                     o = o_acc[...]
                     plgpu.barrier_arrive(v_empty.at[last])
-                    return o, m, l
+                    return o, m, row_sums(l) if interpret is None else l
 
                 o, m, l = accumulators(compute, [(ROWS, width)], [o_spare])
                 lse_gmem.at[b, h, rows][...] = m * (1 / LOG2E) + jnp.log(l)

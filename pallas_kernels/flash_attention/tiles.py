@@ -117,7 +117,7 @@ class GpuTiles:
 
 GPU_TILES = {  # by the larger padded head width; measured on an H100
     64: GpuTiles(
-        forward=KernelTiles(q=192, kv=128),
+        forward=KernelTiles(q=128, kv=128),
         keys=KernelTiles(q=128, kv=128),
         rows=KernelTiles(q=128, kv=128),
     ),
