@@ -206,6 +206,15 @@ PAPERS: dict[str, list[Section]] = {
             "--batches 5 --name ring_h200",
             "H200",
         ),
+        bench(
+            "ring_h200_pair_alone",
+            "What one of two devices computes of 32768 tokens, on one alone",
+            "Moves are left out: this bounds what two reach, and is not a measurement of them.",
+            lines.ring,
+            "ring --groups alone --ranks 2 --per-device 16384 --strategies ring --batches 15 "
+            "--name ring_h200_pair",
+            "H200",
+        ),
         *(
             bench(
                 f"ring_{group}",
@@ -337,6 +346,15 @@ PAPERS: dict[str, list[Section]] = {
             "As fast and as exact as cuDNN, and faster than every kernel in JAX.",
             lines.judged(lines.flash, _flash_report.claims),
             "flash",
+        ),
+        bench(
+            "flash_h200",
+            "Flash attention over intervals, on an H200",
+            "A forward step takes its exponentials without waiting for their maximum.",
+            lines.judged(lines.flash, _flash_report.claims),
+            "flash --groups errors dense gqa packed window --out "
+            "experiments/bench/results/flash_h200.jsonl",
+            "one H200",
         ),
     ],
     "Every kernel on a device": [
