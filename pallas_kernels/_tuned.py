@@ -6,6 +6,7 @@ their fields. There is none until somebody tunes. It is read once in a process.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,17 @@ def _table(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def tuned_tiles(family: str, key: str) -> dict[str, Any] | None:
-    """The fields of the tiles tuned for the device being compiled for, or None."""
-    return _table(PATH).get(target().device_kind, {}).get(family, {}).get(key)
+def tuned_tiles[Tiles](family: str, key: str, make: Callable[..., Tiles]) -> Tiles | None:
+    """The tiles tuned for the device being compiled for, made of their fields, or None."""
+    kind = target().device_kind
+    fields = _table(PATH).get(kind, {}).get(family, {}).get(key)
+    if fields is None:
+        return None
+    try:
+        return make(**fields)
+    except (TypeError, ValueError) as error:
+        rule = "must be as this version writes it: run `longctx tune-device` again, or delete it"
+        raise ValueError(f"{PATH}: {kind}, {family}, {key} = {fields} {rule} ({error})") from error
 
 
 def write_tuned(path: Path, device_kind: str, tables: dict[str, dict[str, Any]]) -> None:

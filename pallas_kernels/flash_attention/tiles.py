@@ -115,7 +115,7 @@ class GpuTiles:
             raise ValueError(f"GpuTiles: keys.kv={self.keys.kv} must be 64 where passes='roles'")
 
 
-GPU_TILES = {  # by the larger padded head width; measured on an H100
+GPU_TILES = {  # by the larger padded head width; measured on an H100, forward of 64 on an H200
     64: GpuTiles(
         forward=KernelTiles(q=128, kv=128),
         keys=KernelTiles(q=128, kv=128),
@@ -137,11 +137,11 @@ GPU_TILES = {  # by the larger padded head width; measured on an H100
 
 def gpu_tiles(width: int) -> GpuTiles:
     """Tiles for padded head width `width`: as tuned for the device, else `GPU_TILES`."""
-    tuned = tuned_tiles("flash_attention", f"gpu {width}")
-    if tuned is None:
-        return GPU_TILES[width]
-    kernels = {n: KernelTiles(**tuned[n]) for n in ("forward", "keys", "rows")}
-    return GpuTiles(**kernels, passes=tuned["passes"])
+
+    def made(passes, **kernels) -> GpuTiles:
+        return GpuTiles(passes=passes, **{n: KernelTiles(**x) for n, x in kernels.items()})
+
+    return tuned_tiles("flash_attention", f"gpu {width}", made) or GPU_TILES[width]
 
 
 def padded_width(width: int) -> int:
@@ -179,9 +179,9 @@ class TpuTiles(Tiles):
 def tpu_tiles(spec: Spec) -> TpuTiles:
     """Tiles as tuned, else as large as the fast memory of every generation allows."""
     width = max(spec.key_width, spec.value_width)
-    tuned = tuned_tiles("flash_attention", tpu_key(width, spec.dtype))
+    tuned = tuned_tiles("flash_attention", tpu_key(width, spec.dtype), TpuTiles)
     if tuned is not None:
-        return TpuTiles(**tuned).fit(spec)
+        return tuned.fit(spec)
     size = 1024 if width * spec.dtype.itemsize <= 256 else 512
     return TpuTiles(q=size, kv=size, chunk=512).fit(spec)
 

@@ -117,8 +117,7 @@ def gpu_tiles(heads: int, chunks: int, slices: Sequence[int], widest: int) -> Gp
       slices: of 64 columns, in each array that one launch makes.
       widest: slices of the widest array that it reads.
     """
-    tuned = tuned_tiles("lightning_attention", "gpu")
-    prices = H100 if tuned is None else Prices(**tuned)
+    prices = tuned_tiles("lightning_attention", "gpu", Prices) or H100
     kinds = [(2, 2), (1, 3)] if widest <= 2 else [(1, 3 if widest == 3 else 2)]
     segments = range(1, max(1, min(64, chunks // 8)) + 1)
     choices = (GpuTiles(n, *kind) for n in segments for kind in kinds)
@@ -148,9 +147,9 @@ TPU_BLOCK_BYTES = 1024 * 128 * 2  # of one operand: the six of the backward, twi
 
 def tpu_tiles(width: int, dtype: jnp.dtype) -> TpuTiles:
     """As tuned, or by the TPU being compiled for; for an unknown one what every TPU can run."""
-    tuned = tuned_tiles("lightning_attention", tpu_key(width, dtype))
+    tuned = tuned_tiles("lightning_attention", tpu_key(width, dtype), TpuTiles)
     if tuned is not None:
-        return TpuTiles(**tuned)
+        return tuned
     chunk = TPU_CHUNK.get(target().device_kind, 128)
     rows = TPU_BLOCK_BYTES // (width * jnp.dtype(dtype).itemsize)
     return TpuTiles(chunk, max(rows // chunk, 1) * chunk)

@@ -83,6 +83,18 @@ def test_gpu_tables_are_read_back(options, monkeypatch):
     assert prices.segment > 0 and tuned != default
 
 
+def test_a_table_of_another_version_is_named(options, monkeypatch):
+    old = dataclasses.asdict(flash.GPU_TILES[64]) | {"passes": "alone"}
+    _tuned.write_tuned(options.table, KIND, {"flash_attention": {"gpu 64": old}})
+    monkeypatch.setattr(_tuned, "PATH", options.table)
+    with on("gpu", KIND), pytest.raises(ValueError, match=r"tune-device.*together or roles"):
+        flash.gpu_tiles(64)
+    old["forward"]["run"] = 2
+    _tuned.write_tuned(options.table, KIND, {"flash_attention": {"gpu 64": old}})
+    with on("gpu", KIND), pytest.raises(ValueError, match=r"gpu 64 = .*tune-device.*'run'"):
+        flash.gpu_tiles(64)
+
+
 def test_tpu_tables_are_read_back(options, monkeypatch):
     options = dataclasses.replace(options, widths=(128,))
     tables = Tuner(options, measured(1.0 / n for n in range(1, 100))).tpu()
