@@ -59,10 +59,12 @@ def test_half_the_rows_wait_where_the_others_hide_the_first_move(monkeypatch):
     assert Shards("seq", 4, Layout("zigzag", 2), LENGTH).early_rows(8, 64) == 0
 
 
-@pytest.mark.parametrize(("platform", "rows"), [("gpu", (8064, 8192, 8192)), ("tpu", (0, 0, 0))])
+@pytest.mark.parametrize(("platform", "rows"), [("gpu", 8192), ("tpu", 0)])
 def test_rows_that_wait_are_whole_tiles_on_gpus_and_none_on_tpus(platform, rows):
     device = AbstractDevice("NVIDIA H200", None, platform)
-    one, odd = (Shards("seq", 2, Layout("zigzag", 2), n) for n in (32768, 32800))
+    one, half, odd = (Shards("seq", 2, Layout("zigzag", 2), n) for n in (32768, 33024, 32800))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        assert tuple(one.early_rows(1, width) for width in (64, 80, 320)) == rows
+        assert {one.early_rows(1, width) for width in (64, 80, 320)} == {rows}
+        assert half.early_rows(1, 80) == 0  # no whole tiles of keys
+        assert half.early_rows(1, 320) == rows  # half a tile of rows does not wait
         assert odd.early_rows(1, 80) == 0
