@@ -233,14 +233,18 @@ def forward(
                 def anchor(m):
                     return jnp.where(m == -jnp.inf, 0.0, m)
 
+                def shrinking(m, new_m):
+                    """The factors of what was relative to m and shall be to new_m."""
+                    return jnp.exp2(m - anchor(new_m))
+
                 def grown(s, m, l):
                     """p relative to the maximum so far, that maximum, and the sum l so far."""
                     new_m = jnp.maximum(m, s.max(axis=1) * scale)
                     p, total = weights(s, anchor(new_m))
-                    return p, new_m, l * jnp.exp2(m - anchor(new_m)) + total
+                    return p, new_m, l * shrinking(m, new_m) + total
 
                 def rescaled(o, m, new_m):
-                    return o * per_row(jnp.exp2(m - anchor(new_m)), (ROWS, width))
+                    return o * per_row(shrinking(m, new_m), (ROWS, width))
 
                 def compute(o_acc):
                     if carry is None:

@@ -85,6 +85,14 @@ def check_passes(
     assert_close(grads, gradients, gradient, "gradient")
 
 
+def check_forward(spec, *operands, tiles=TOGETHER):
+    """The forward alone against the definition; interpreted with race detection."""
+    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    found = gpu.fwd(*operands, spec=spec, tiles=tiles, **run)
+    want = reference.fwd(*operands, spec=spec)
+    assert_close(found, want, TOLERANCE[spec.dtype][0])
+
+
 half = functools.partial(inputs, dtype=jnp.bfloat16)
 
 
@@ -138,10 +146,7 @@ def test_blocks_that_stay(capfd, monkeypatch, dtype):
     q, k, v = half(1, 300, 300, heads=2, kv_heads=1)
     spec = make_spec(q, k, v, None)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(dtype or q.dtype))
-    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
-    found = gpu.fwd(q, k, v, None, None, None, spec=spec, tiles=TOGETHER, **run)
-    want = reference.fwd(q, k, v, None, None, None, spec=spec)
-    assert_close(found, want, TOLERANCE[q.dtype][0])
+    check_forward(spec, q, k, v, None, None, None)
     assert "RACE" not in capfd.readouterr().out
 
 
@@ -155,11 +160,7 @@ def test_scores_that_grow(width, growth):
     q *= jnp.where(jnp.arange(200) % 7 == 0, 1.0, 0.01)[None, :, None, None].astype(q.dtype)
     k *= (1 + growth * jnp.arange(320)[::-1] / 320)[None, :, None, None].astype(k.dtype)
     tiles = gpu_tiles(width) if ON_GPU else TOGETHER
-    spec = make_spec(q, k, v, None, False)
-    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams()}
-    found = gpu.fwd(q, k, v, None, None, None, spec=spec, tiles=tiles, **run)
-    want = reference.fwd(q, k, v, None, None, None, spec=spec)
-    assert_close(found, want, TOLERANCE[q.dtype][0])
+    check_forward(make_spec(q, k, v, None, False), q, k, v, None, None, None, tiles=tiles)
 
 
 @pytest.mark.parametrize("size", [64, 56], ids=["whole tiles", "parts of tiles"])
@@ -173,10 +174,7 @@ def test_pieces_and_last_rows(capfd, size):
     keys, values = (Pieces(jnp.split(x, 2, axis=1), order) for x in (k, v))
     spec = make_spec(q[:, :256], k, v, lo, False)
     spec = dataclasses.replace(spec, out_dtype=jnp.dtype(jnp.float32))
-    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
-    found = gpu.fwd(q, keys, values, lo, hi, carry, spec=spec, tiles=TOGETHER, **run)
-    want = reference.fwd(q, keys, values, lo, hi, carry, spec=spec)
-    assert_close(found, want, TOLERANCE[q.dtype][0])
+    check_forward(spec, q, keys, values, lo, hi, carry)
     assert "RACE" not in capfd.readouterr().out
 
 
