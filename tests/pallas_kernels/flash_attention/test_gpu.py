@@ -154,13 +154,14 @@ def test_blocks_that_stay(capfd, monkeypatch, dtype):
     "width", [64, *(pytest.param(width, marks=needs_gpu) for width in (128, 256))]
 )
 @pytest.mark.parametrize("growth", [3.0, 300.0], ids=["above the bound", "to infinity"])
-def test_scores_that_grow(width, growth):
+def test_scores_that_grow(capfd, width, growth):
     """From tile to tile, of some rows: their exponentials relative to the first tile's maximum."""
     q, k, v = half(1, 200, 320, heads=1, width=width)
     q *= jnp.where(jnp.arange(200) % 7 == 0, 1.0, 0.01)[None, :, None, None].astype(q.dtype)
     k *= (1 + growth * jnp.arange(320)[::-1] / 320)[None, :, None, None].astype(k.dtype)
     tiles = gpu_tiles(width) if ON_GPU else TOGETHER
     check_forward(make_spec(q, k, v, None, False), q, k, v, None, None, None, tiles=tiles)
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("size", [64, 56], ids=["whole tiles", "parts of tiles"])
