@@ -19,7 +19,7 @@ class Hardware:
     permute: float  # to one neighbour
     exchange: float  # out of one device in an all-gather or all-to-all
     latency: float  # seconds, of one collective
-    forward: float = 0.63  # share of `flops` that attention reaches where rows see many keys
+    forward: float = 0.75  # share of `flops` that attention reaches where rows see many keys
     backward: float = 0.576
     forward_keys: int = 140  # so many more keys each row seems to see: tiles that are half masked,
     backward_keys: int = 430  # what begins and ends a tile, cores that find no tile

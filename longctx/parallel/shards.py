@@ -14,7 +14,7 @@ from pallas_kernels._dispatch import target
 from pallas_kernels.flash_attention.tiles import gpu_tiles, padded_width
 
 # Tokens of a rank, times query heads to a key head, of which half the rows hide a move for certain:
-# H100s and H200s compute for as long as it takes from about 5600 (see `explain`).
+# H100s and H200s compute for as long as it takes from about 6700 (see `explain`).
 HIDING = 8192
 # Halves 0, 1 of a rank's tokens and 2, 3 of another's by position, of one before and one after it.
 APART = (0, 1, 2, 3)

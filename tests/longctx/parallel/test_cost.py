@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.bench.ring.scaling import beside_measured, picked
+from experiments.bench.ring.scaling import beside_measured, hardware_then, picked
 from longctx.parallel import Layout, explain
 from longctx.parallel.hardware import HARDWARE, Hardware
 from longctx.provenance import read_rows
@@ -64,25 +64,20 @@ def test_what_auto_picks():
     assert "H200" in str(mixed) and "usp" in str(mixed)
 
 
-def single(chip, rows=1, **call):
-    """Predicted milliseconds of one device, forward and forward + backward."""
-    where = {"devices": 1, "layout": Layout("contiguous"), "hardware": HARDWARE[chip]}
-    _, by_name = costs(batch=rows, **where, **call)
-    ring = by_name["ring"]
-    return 1e3 * ring.forward_seconds, 1e3 * ring.seconds
-
-
-def test_predicts_what_was_measured_on_one_gpu():
-    """Our kernels on an H100 within 10%."""
+@pytest.mark.parametrize(("name", "count"), [("flash_gpu", 7), ("flash_h200", 6)])
+def test_predicts_what_was_measured_on_one_gpu(name, count):
+    """Our kernels on an H100 and an H200 within 10%, forward and forward + backward."""
     rows = [
-        r for r in read_rows(RESULTS / "flash_gpu.jsonl")
+        r for r in read_rows(RESULTS / f"{name}.jsonl")
         if r["implementation"] == "ours" and "forward_ms" in r
         and r["width"] == 128 and not r["window"] and not r["document"]
     ]  # fmt: skip
-    assert len(rows) == 7
+    assert len(rows) == count
     for row in rows:
         shape = {name: row[name] for name in ("length", "heads", "kv_heads")}
-        got = single("H100", rows=row["batch"], **shape)
+        where = {"devices": 1, "layout": Layout("contiguous"), "hardware": hardware_then(row)}
+        ring = costs(batch=row["batch"], **shape, **where)[1]["ring"]
+        got = 1e3 * ring.forward_seconds, 1e3 * ring.seconds
         np.testing.assert_allclose(got, (row["forward_ms"], row["both_ms"]), rtol=0.1)
 
 
@@ -93,6 +88,7 @@ def test_predicts_what_was_measured_on_one_gpu():
         ("four_ideal", 12),  # four H100s
         ("h200_ideal", 12),  # two H200s
         ("h200_strategies", 48),
+        ("h200_pair_alone", 8),
         ("h200_alone", 28),  # one H200, at what each of two and of eight has to do
     ],
 )
