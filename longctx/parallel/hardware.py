@@ -45,7 +45,7 @@ class Hardware:
 # By a part of jax's device kind. Peaks, memory and links from the makers' sheets, one way per link
 # (TPU: an axis of the torus has two; GPUs: 400 Gb/s each out of a host of 8). On H100s and H200s
 # copies are taken to reach 80% of that and permutes 66%: a ring's moves alone had 277 to 341 GB/s.
-# Shares, keys, mask and latency are fitted to rows of 2026-11-27 and 28; test_cost.py meets them
+# Shares, keys, mask and latency are fitted to rows of 2026-11-27 to 29; test_cost.py meets them
 # within 10%.
 _H100 = Hardware(
     "H100", 989e12, 2.68e12, permute=297e9, exchange=297e9, latency=15e-6,
