@@ -13,7 +13,20 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-__all__ = ["forget_varying", "pl", "plgpu", "pltpu", "unify_varying", "varying_axes"]
+__all__ = [
+    "PER_COLUMN",
+    "PER_ROW",
+    "WGMMA",
+    "forget_varying",
+    "pl",
+    "plgpu",
+    "pltpu",
+    "unify_varying",
+    "varying_axes",
+]
+
+WGMMA = plgpu.Layout.WGMMA  # of an accumulator of Hopper's tensor cores in registers
+PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 
 
 def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:

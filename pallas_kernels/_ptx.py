@@ -10,10 +10,8 @@ from jax.experimental.mosaic.gpu import FragmentedArray, ThreadSubset, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels._pallas import plgpu
+from pallas_kernels._pallas import PER_ROW, WGMMA, plgpu
 
-WGMMA = plgpu.Layout.WGMMA
-PER_ROW = WGMMA.reduce(1)
 SCALAR = plgpu.Layout.WG_SPLAT(())
 ROW_THREADS = 4  # hold a row of a WGMMA accumulator
 FREE_BARRIERS = 8  # the first of the 16 named barriers that the compiler does not use itself

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._pallas import PER_COLUMN, pl, plgpu
 from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
-    PER_COLUMN,
     ROWS,
     SWIZZLED,
     SWIZZLED_FLOAT32,

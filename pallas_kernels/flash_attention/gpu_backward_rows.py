@@ -14,14 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._pallas import PER_ROW, WGMMA, pl, plgpu
 from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     MEMORY_REGISTERS,
-    PER_ROW,
     ROWS,
     SWIZZLED,
-    WGMMA,
     Visible,
     accumulate,
     accumulators,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._pallas import WGMMA, pl, plgpu
 from pallas_kernels.flash_attention.intervals import Bounds
 from pallas_kernels.flash_attention.tiles import KernelTiles, Spec
 
@@ -20,8 +20,6 @@ MEMORY_REGISTERS = 24  # per thread of the warpgroup that loads
 SMEM_BYTES = 227 * 2**10  # of a block
 SMS = 132  # of an H100 SXM
 COMPUTE_REGISTERS = {1: 240, 2: 240, 3: 160}  # by the number of compute warpgroups
-WGMMA = plgpu.Layout.WGMMA
-PER_ROW, PER_COLUMN = WGMMA.reduce(1), WGMMA.reduce(0)
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 SWIZZLED_FLOAT32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 

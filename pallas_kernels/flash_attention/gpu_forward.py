@@ -27,19 +27,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._pallas import PER_ROW, WGMMA, pl, plgpu
 from pallas_kernels._ptx import ROW_THREADS, any_above, named_barrier, row_sums, thread_sums
 from pallas_kernels.flash_attention.gpu_common import (
     COMPUTE_REGISTERS,
     LOG2E,
     MEMORY_REGISTERS,
-    PER_ROW,
     ROWS,
     SMEM_BYTES,
     SMS,
     SWIZZLED,
     SWIZZLED_FLOAT32,
-    WGMMA,
     Visible,
     accumulate,
     accumulators,

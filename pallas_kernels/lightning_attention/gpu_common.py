@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._pallas import PER_COLUMN, PER_ROW, WGMMA, pl, plgpu
 
 CHUNK = 64  # tokens in a chunk, columns in a slice: the tile of every product
 GRID = ("batch", "head", "segment", "sweep", "group")
@@ -43,9 +43,6 @@ GRID = ("batch", "head", "segment", "sweep", "group")
 # Nothing in shared memory is both read and written by one thread without a commit in between,
 # so the barriers that Pallas adds around every access are not needed.
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
-
-WGMMA = plgpu.Layout.WGMMA
-ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 
 ACCUMULATOR = plgpu.ACC((CHUNK, CHUNK), jnp.float32)
 
@@ -89,7 +86,7 @@ def power(rate: Float[Array, ""], exponent: Int[Array, "*n"]) -> Float[Array, "*
 
 def row_index() -> Int[Array, "64"]:
     """0 to 63, one for each row of a tile."""
-    return plgpu.layout_cast(lax.iota(jnp.int32, CHUNK), ROWS)
+    return plgpu.layout_cast(lax.iota(jnp.int32, CHUNK), PER_ROW)
 
 
 def over_rows(x: Float[Array, "64"]) -> Float[Array, "64 64"]:
@@ -142,7 +139,7 @@ class Documents:
             return weight
         key, query = (0, 1) if reverse else (1, 0)
         token = position + plgpu.broadcasted_iota(jnp.int32, weight.shape, key, layout=WGMMA)
-        begin = self._of_chunk(position, COLUMNS if reverse else ROWS)
+        begin = self._of_chunk(position, PER_COLUMN if reverse else PER_ROW)
         return jnp.where(lax.broadcast_in_dim(begin, weight.shape, [query]) <= token, weight, 0)
 
     def into_state(self, weight, position, start, end, reverse: bool) -> Float[Array, "64"]:
@@ -150,7 +147,7 @@ class Documents:
         if self.doc_start is None:
             return weight
         if reverse:
-            return jnp.where(self._of_chunk(position, ROWS) < start, weight, 0)
+            return jnp.where(self._of_chunk(position, PER_ROW) < start, weight, 0)
         return jnp.where(position + row_index() >= self._of(end - 1), weight, 0)
 
     def out_of_state(self, weight, position, reverse: bool) -> Float[Array, "64"]:
@@ -159,7 +156,7 @@ class Documents:
             return weight
         if reverse:
             return jnp.where(position + row_index() >= self._of(position + CHUNK), weight, 0)
-        return jnp.where(self._of_chunk(position, ROWS) < position, weight, 0)
+        return jnp.where(self._of_chunk(position, PER_ROW) < position, weight, 0)
 
     def through(self, weight, start, end, reverse: bool) -> Float[Array, ""]:
         """`weight` with which the state that enters tokens [start, end) leaves them."""

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._pallas import pl, plgpu
+from pallas_kernels._pallas import WGMMA, pl, plgpu
 from pallas_kernels.lightning_attention import gpu_common as common
-from pallas_kernels.lightning_attention.gpu_common import CHUNK, WGMMA, Documents, Split
+from pallas_kernels.lightning_attention.gpu_common import CHUNK, Documents, Split
 
 
 @dataclasses.dataclass(frozen=True)
