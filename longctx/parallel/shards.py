@@ -13,9 +13,9 @@ from longctx.parallel.layout import Layout
 from pallas_kernels._dispatch import target
 from pallas_kernels.flash_attention.tiles import gpu_tiles, padded_width
 
-# Tokens of a rank, times query heads to a key head, of which half the rows hide a move for certain:
-# H100s and H200s compute for as long as it takes from about 6700 (see `explain`).
-HIDING = 8192
+# Visible (query, key) pairs, times query heads to a key head, that hide the move of one token for
+# certain: H100s and H200s compute 2500 for as long as it takes (see `explain`).
+HIDING = 3072
 # Halves 0, 1 of a rank's tokens and 2, 3 of another's by position, of one before and one after it.
 APART = (0, 1, 2, 3)
 ORDERS = {"zigzag": ((2, 0, 1, 3), (0, 2, 3, 1)), "contiguous": ((2, 3, 0, 1), APART)}
@@ -126,8 +126,9 @@ class Shards:
         """
         kind, ranks = self.layout.kind, self.layout.ranks
         ordered = kind == "contiguous" or (kind == "zigzag" and ranks == self.ranks)
-        hidden = self.local * group >= HIDING
         platform, half = target().platform, self.local // 2
+        keys = min(self.window or self.local, self.local - half / 2)  # that a late row sees
+        hidden = half * keys * group >= HIDING * self.local
         if self.hops == 1 or not ordered or not hidden or platform == "tpu" or self.local % 2:
             return 0
         if platform != "gpu":

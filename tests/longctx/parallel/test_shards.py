@@ -27,7 +27,7 @@ def shards_of(rank, monkeypatch, kind="zigzag", ranks=3, **options):
         ("contiguous", {"window": 11}),
     ],
 )
-@pytest.mark.parametrize(("cuts", "early"), [(0, 8), (3, 8), (3, 6)])
+@pytest.mark.parametrize(("cuts", "early"), [(0, 8), (3, 8), (3, 6), (3, 11)])
 def test_rows_that_wait_see_both_blocks_and_late_rows_the_one_that_came(
     monkeypatch, rank, kind, options, cuts, early
 ):
@@ -50,10 +50,11 @@ def test_rows_that_wait_see_both_blocks_and_late_rows_the_one_that_came(
 
 
 def test_half_the_rows_wait_where_the_others_hide_the_first_move(monkeypatch):
-    monkeypatch.setattr(shards, "HIDING", 32)
+    monkeypatch.setattr(shards, "HIDING", 12)
     assert shards_of(0, monkeypatch).early_rows(2, 64) == 8
     assert shards_of(0, monkeypatch, "contiguous").early_rows(2, 64) == 8
     assert shards_of(0, monkeypatch).early_rows(1, 64) == 0  # too short a block
+    assert shards_of(0, monkeypatch, "contiguous", window=11).early_rows(2, 64) == 0
     assert shards_of(0, monkeypatch, "striped").early_rows(2, 64) == 0
     assert shards_of(0, monkeypatch, ranks=1).early_rows(4, 64) == 0
     assert Shards("seq", 4, Layout("zigzag", 2), LENGTH).early_rows(8, 64) == 0
