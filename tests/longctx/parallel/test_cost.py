@@ -74,7 +74,7 @@ def test_predicts_what_was_measured_on_one_gpu(name, count):
     ]  # fmt: skip
     assert len(rows) == count
     for row in rows:
-        shape = {name: row[name] for name in ("length", "heads", "kv_heads")}
+        shape = {field: row[field] for field in ("length", "heads", "kv_heads")}
         where = {"devices": 1, "layout": Layout("contiguous"), "hardware": hardware_then(row)}
         ring = costs(batch=row["batch"], **shape, **where)[1]["ring"]
         got = 1e3 * ring.forward_seconds, 1e3 * ring.seconds

@@ -25,6 +25,7 @@ from tests.pallas_kernels.flash_attention.cases import (
 )
 
 ON_GPU = jax.default_backend() == "gpu"
+RUN = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU: too long to interpret")
 
 # Small tiles: a ring of k, v turns twice over some 300 keys.
@@ -61,7 +62,6 @@ def check_passes(
     if blocks:
         spec = wide
         sums = tuple(jax.random.normal(next(keys), x.shape) for x in args)
-    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
 
     @jax.jit  # on the CPU: a GPU would tune each of its products
     def wanted(args, do):
@@ -73,9 +73,9 @@ def check_passes(
     @jax.jit
     def found(args, do, lse, delta):
         with jax.numpy_dtype_promotion("strict"):
-            out = gpu.fwd(*args, lo, hi, carry, spec=spec, tiles=tiles, **run)
+            out = gpu.fwd(*args, lo, hi, carry, spec=spec, tiles=tiles, **RUN)
             rest = lo, hi, do, lse, delta, sums
-            return *out, gpu.bwd(*args, *rest, spec=spec, tiles=tiles, **run)
+            return *out, gpu.bwd(*args, *rest, spec=spec, tiles=tiles, **RUN)
 
     o, lse, delta, gradients = wanted(*jax.device_put((args, do), jax.devices("cpu")[0]))
     *out, grads = found(args, do, *jax.device_put((lse, delta), jax.devices()[0]))
@@ -87,8 +87,7 @@ def check_passes(
 
 def check_forward(spec, *operands, tiles=TOGETHER):
     """The forward alone against the definition; interpreted with race detection."""
-    run = {} if ON_GPU else {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
-    found = gpu.fwd(*operands, spec=spec, tiles=tiles, **run)
+    found = gpu.fwd(*operands, spec=spec, tiles=tiles, **RUN)
     want = reference.fwd(*operands, spec=spec)
     assert_close(found, want, TOLERANCE[spec.dtype][0])
 
